@@ -1,7 +1,11 @@
-"""Neural network pruning for research: masks, criteria, schedules, experiments."""
+"""Neural network pruning for research: masks, criteria, schedules, experiments. `import pruneutils as pu`."""
 
+import importlib
+
+from .checkpoints import load, save
 from .criteria import criterion, list_criteria, scores
 from .model_utils import (
+    Count,
     Masks,
     accuracy,
     count,
@@ -12,4 +16,28 @@ from .model_utils import (
     restore,
     set_masks,
 )
-from .pruning import LayerCollapseWarning, TiedScoresWarning, prune, prune_threshold
+from .pruning import (
+    LayerCollapseWarning,
+    TiedScoresWarning,
+    erk_sparsities,
+    prune,
+    prune_threshold,
+    sparsity_at,
+)
+from .training import DivergenceError, fit, gradual, lottery_ticket
+
+__version__ = "0.1.0"
+
+_MODULES = ("costs", "data", "experiments", "models", "notebook", "plots", "statistics")  # heavier ones, imported when first used
+
+__all__ = [name for name in dir() if not name.startswith("_") and name != "importlib"] + list(_MODULES)
+
+
+def __getattr__(name):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

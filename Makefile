@@ -1,0 +1,35 @@
+# make run · make test · make lab      (PYTHON=/path/to/python3.12 make run takes that Python for a new .venv)
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do command -v $$p && break; done)
+BIN := .venv/bin
+
+# Idle OpenMP threads that wait busily can slow two processes down a hundredfold: one thread each.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: run test lab notebooks clean
+
+# Prunes small networks gradually, in about a minute: table here, picture in images/, notebook in build/.
+run: .venv/installed
+	@$(BIN)/python -m pruneutils.notebook --show --output build notebooks/gradual_pruning.ipynb
+	@echo "picture: images/gradual_pruning.png"
+
+# Everything: unit tests, and all notebooks compared with their stored outputs.
+test: .venv/installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval tests notebooks
+
+lab: .venv/installed
+	$(BIN)/jupyter lab notebooks
+
+# For maintainers: execute all notebooks in place, in quick size, and store their outputs.
+notebooks: .venv/installed
+	$(BIN)/python -m pruneutils.notebook notebooks/*.ipynb
+
+clean:
+	rm -rf .venv build
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "pruneutils needs Python 3.11 or newer; no Python was found" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"pruneutils needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,111 @@
+"""What the notebooks share: their size, where their pictures go, and how they are executed with outputs stored.
+
+`python -m pruneutils.notebook notebooks/*.ipynb` executes notebooks in place; `--size medium` or `full` for more.
+"""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+
+from .model_utils import nearest
+
+SIZES = ("quick", "medium", "full")
+
+
+def size() -> str:
+    """The size to run in: "quick" (embedded digits, CPU), "medium" (real images, CPU) or "full" (GPU).
+
+    Read from the environment variable PRUNEUTILS_SIZE; "quick" if that is not set. Raises ValueError for another value.
+    """
+    value = os.environ.get("PRUNEUTILS_SIZE", "quick")
+    if value not in SIZES:
+        raise ValueError(f"unknown PRUNEUTILS_SIZE {value!r}; {nearest(value, SIZES)}")
+    return value
+
+
+def image(name: str) -> Path:
+    """Where the picture `name` of a notebook goes: images/ beside notebooks/, or the folder in PRUNEUTILS_IMAGES.
+
+    Sizes beyond quick are told in the name, so that they never replace each other: "curve_medium".
+    """
+    folder = Path(os.environ.get("PRUNEUTILS_IMAGES", "../images"))
+    return folder / (name if size() == "quick" else f"{name}_{size()}")
+
+
+def store(name: str) -> Path | None:
+    """Where the runs of a sweep are kept: nowhere in quick size (always computed), else results/<name>_<size>."""
+    return None if size() == "quick" else Path("../results") / f"{name}_{size()}"
+
+
+def code_hash(notebook) -> str:
+    """The hash of a notebook's code cells (a dict as from JSON), kept in it to tell outputs of older code."""
+    cells = [source_of(cell) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return hashlib.sha256("\0".join(cells).encode()).hexdigest()[:16]
+
+
+def source_of(cell) -> str:
+    """A cell's text; nbformat keeps it as a string, JSON files as a list of lines."""
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
+
+def execute(path: Path, output: Path | None = None, parameters: dict | None = None):
+    """Execute a notebook in its folder and write it with its outputs, in place unless `output` is given.
+
+    `parameters` replace those of the cell tagged `parameters`. Raises papermill's error if a cell fails.
+    """
+    import nbformat
+    import papermill
+
+    path, output = Path(path).resolve(), Path(output or path).resolve()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a stored progress bar is a dead widget
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # see ../tests/conftest.py
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_suffix(".part.ipynb")
+    try:
+        papermill.execute_notebook(
+            path, part, parameters or {}, kernel_name="python3", cwd=path.parent, log_output=False
+        )
+        notebook = nbformat.read(part, as_version=4)
+    finally:
+        part.unlink(missing_ok=True)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "pruneutils": {"code": code_hash(notebook), "size": size()},
+    }
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = {"tags": tags} if tags else {}
+    nbformat.write(notebook, output)
+    return notebook
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m pruneutils.notebook", description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--size", choices=SIZES, help="default: PRUNEUTILS_SIZE, or quick")
+    parser.add_argument("--output", type=Path, help="folder for the executed notebooks; default: in place")
+    parser.add_argument("--show", action="store_true", help="print what the cells tagged `answer` print")
+    arguments = parser.parse_args()
+    if arguments.size:
+        os.environ["PRUNEUTILS_SIZE"] = arguments.size
+    for path in arguments.notebooks:
+        output = arguments.output / path.name if arguments.output else path
+        print(f"{path} ({size()})", flush=True)
+        notebook = execute(path, output)
+        if arguments.show:
+            print(*_answers(notebook), sep="\n\n")
+        print(f"executed: {output}", flush=True)
+
+
+def _answers(notebook) -> list[str]:
+    """The text that cells tagged `answer` have put out."""
+    cells = [cell for cell in notebook.cells if "answer" in cell.metadata.get("tags", [])]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    return [text.rstrip() for text in texts if text]
+
+
+if __name__ == "__main__":
+    main()

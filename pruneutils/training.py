@@ -1,0 +1,262 @@
+"""Training of pruned (or dense) models, and the recipes that prune while training."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from .model_utils import accuracy, count, device_of, nearest
+from .pruning import prune, sparsity_at
+
+OPTIMIZERS = {
+    "sgd": lambda parameters, lr, weight_decay: torch.optim.SGD(
+        parameters, lr=0.1 if lr is None else lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
+    ),
+    "adam": lambda parameters, lr, weight_decay: torch.optim.Adam(
+        parameters, lr=1e-3 if lr is None else lr, weight_decay=weight_decay
+    ),
+}
+# the factor on the learning rate at progress t in [0, 1]
+SCHEDULES = {
+    "constant": lambda t: 1.0,
+    "step": lambda t: 0.1 ** ((t >= 0.5) + (t >= 0.75)),
+    "cosine": lambda t: 0.5 * (1 + np.cos(np.pi * t)),
+    "one-cycle": lambda t: t / 0.25 if t < 0.25 else (1 - t) / 0.75,
+}
+
+
+class DivergenceError(RuntimeError):
+    """The training loss is no longer finite."""
+
+
+def fit(
+    model: nn.Module,
+    train,
+    test=None,
+    epochs: int = 10,
+    optimizer: str | torch.optim.Optimizer | Callable = "sgd",
+    lr: float | None = None,
+    schedule: str | Callable[[float], float] = "constant",
+    seed: int = 0,
+    *,
+    batch_size: int = 128,
+    weight_decay: float = 0.0,
+    label_smoothing: float = 0.0,
+    loss_fn: Callable | None = None,
+    precision: str = "auto",
+    start_step: int = 0,
+    on_step: Callable | None = None,
+    test_every: int = 1,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Train `model` in place, masks hold; a row per epoch: epoch, train_loss, {train,test}_accuracy, lr, seconds.
+
+    `train` is what `data.load` returns, one (inputs, targets) pair that is cut into shuffled batches, or an iterable
+    of batches; `test` anything that `accuracy` takes, used in eval mode every `test_every` epochs and after the last
+    one (NaN in between). `optimizer`: "sgd" (momentum 0.9, Nesterov), "adam", any callable `parameters -> Optimizer`,
+    or an Optimizer; `lr` defaults to 0.1 and 0.001. `schedule` sets the learning rate at every step: "constant", "step"
+    (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0), or any
+    callable from progress in [0, 1] to a factor. `precision`: "float32", "bfloat16" (autocast, channels_last), or "auto":
+    bfloat16 on a GPU. `on_step(model, step, steps)` is called after every step. `start_step` leaves out the first
+    steps, but not their place in the schedule and the data order: training goes on as from a snapshot taken there.
+
+    The same `seed` on the same machine repeats the run bit for bit; the global random state is left alone. Raises
+    DivergenceError when the loss is NaN or infinite, ValueError for an unknown name.
+    """
+    device = device_of(model)
+    factor = _known("schedule", schedule, SCHEDULES)
+    if isinstance(optimizer, str):
+        optimizer = _known("optimizer", optimizer, OPTIMIZERS)(model.parameters(), lr, weight_decay)
+    elif lr is not None or weight_decay:
+        raise ValueError("lr and weight_decay go with an optimizer's name; an Optimizer or a callable has its own")
+    elif not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer(model.parameters())
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"unknown precision {precision!r}; known: auto, float32, bfloat16")
+    reduced = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    loss_fn = loss_fn or (lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=label_smoothing))
+    batches, per_epoch = _batches(train, batch_size, torch.Generator().manual_seed(seed))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    rows, step, steps = [], 0, epochs * per_epoch
+    with _reproducible(device, seed), _layout(model, reduced):
+        for epoch in tqdm(range(1, epochs + 1), "fit", unit="epoch", leave=False, disable=not progress):
+            model.train()
+            started = time.perf_counter()
+            loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+            for inputs, targets in batches():
+                step += 1
+                if step <= start_step:
+                    continue
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * factor((step - 1) / steps)
+                inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+                    outputs = model(inputs)
+                    loss = loss_fn(outputs, targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                loss_sum += loss.detach() * len(targets)
+                hits += (outputs.detach().argmax(1) == targets).sum()
+                seen += len(targets)
+                if on_step is not None:
+                    on_step(model, step, steps)
+            if seen == 0:
+                continue  # all of this epoch lies before start_step
+            if not torch.isfinite(loss_sum):
+                raise DivergenceError(
+                    f"the training loss became {loss_sum.item()} in epoch {epoch} of {epochs} "
+                    f"(lr {rates[0]:g}, {count(model).sparsity:.2%} of the weights pruned); try a smaller lr"
+                )
+            measure = test is not None and (epoch % test_every == 0 or epoch == epochs)
+            rows.append(
+                {
+                    "epoch": epoch,
+                    "train_loss": loss_sum.item() / seen,
+                    "train_accuracy": hits.item() / seen,
+                    "test_accuracy": accuracy(model, test) if measure else float("nan"),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    return pd.DataFrame(rows)
+
+
+def gradual(
+    model: nn.Module,
+    train,
+    test=None,
+    sparsities: Sequence[float] = (0.5, 0.75, 0.9),
+    epochs_each: int = 1,
+    criterion="magnitude",
+    *,
+    scope: str = "global",
+    granularity: str = "weight",
+    data=None,
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+    **fit_options,
+) -> pd.DataFrame:
+    """Prune to each of `sparsities` (fractions, ascending) in turn and train `epochs_each` epochs after each.
+
+    One sparsity is instant pruning. `[sparsity_at(i / n, 0.9) for i in range(1, n + 1)]` gives the sparsities of n
+    prunings that each take the same share of what is left. Pruning arguments are those of `prune`, `fit_options` those
+    of `fit`; each stage has an optimizer and a learning-rate schedule of its own. A row per epoch, as from `fit`, with
+    `epoch` counted through and the columns `stage` and `sparsity`.
+    """
+    tables = []
+    for stage, sparsity in enumerate(sparsities):
+        prune(
+            model, criterion, sparsity, scope, granularity, data=data, exclude=exclude, seed=seed,
+            loss_fn=fit_options.get("loss_fn"),
+        )  # fmt: skip
+        table = fit(model, train, test, epochs_each, seed=seed + stage, **fit_options)
+        table["epoch"] += stage * epochs_each
+        tables.append(table.assign(stage=stage + 1, sparsity=count(model).sparsity))
+    return pd.concat(tables, ignore_index=True)
+
+
+def lottery_ticket(
+    model: nn.Module,
+    train,
+    test=None,
+    sparsity: float = 0.9,
+    rounds: int = 5,
+    epochs: int = 10,
+    rewind_step: int = 0,
+    criterion="magnitude",
+    *,
+    scope: str = "global",
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+    on_step: Callable | None = None,
+    **fit_options,
+) -> pd.DataFrame:
+    """Iterative magnitude pruning with rewinding (Frankle & Carbin 2019; Frankle et al. 2020): finds a lottery ticket.
+
+    Trains for `epochs`; then `rounds` times prunes (the same share of what is left each time, `sparsity` in the end),
+    puts what is left back to where it was after `rewind_step` steps, and trains on from there to the same end, with
+    the same data order and schedule. The model ends trained, with the ticket as its masks. A row per epoch, as from
+    `fit`, with the columns `round` (0 is dense) and `sparsity`.
+    """
+    snapshot = {}
+
+    def take(model, step, steps):
+        if step == rewind_step:
+            snapshot.update({name: value.detach().clone() for name, value in model.state_dict().items()})
+        if on_step is not None:
+            on_step(model, step, steps)
+
+    take(model, 0, 0) if rewind_step == 0 else None
+    tables = []
+    for turn in range(rounds + 1):
+        if turn:
+            prune(model, criterion, sparsity_at(turn / rounds, sparsity), scope, exclude=exclude, seed=seed)
+            model.load_state_dict(snapshot)  # masks stay on, and hold
+        start = rewind_step if turn else 0
+        hook = on_step if turn else take
+        table = fit(model, train, test, epochs, seed=seed, start_step=start, on_step=hook, **fit_options)
+        if not snapshot:
+            raise ValueError(f"rewind_step={rewind_step} is beyond the end of training")
+        tables.append(table.assign(round=turn, sparsity=count(model).sparsity))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _known(argument, value, known):
+    """A named choice, or a callable as it is."""
+    if callable(value):
+        return value
+    if value not in known:
+        raise ValueError(f"unknown {argument} {value!r}; {nearest(value, known)}")
+    return known[value]
+
+
+def _batches(train, batch_size, generator) -> tuple[Callable, int]:
+    """A function that starts a new epoch of shuffled batches, and the number of batches of an epoch."""
+    if hasattr(train, "batches"):
+        return lambda: train.batches(batch_size, generator=generator), -(-len(train) // batch_size)
+    if isinstance(train, (tuple, list)) and len(train) == 2 and all(torch.is_tensor(part) for part in train):
+        inputs, targets = train
+
+        def shuffled():
+            for places in torch.randperm(len(targets), generator=generator).split(batch_size):
+                places = places.to(targets.device)
+                yield inputs[places], targets[places]
+
+        return shuffled, -(-len(targets) // batch_size)
+    if not hasattr(train, "__len__") or iter(train) is train:
+        raise TypeError("train must be re-iterable and have a length: a data set, a pair of tensors, or a DataLoader")
+    return lambda: iter(train), len(train)
+
+
+@contextlib.contextmanager
+def _reproducible(device: torch.device, seed: int):
+    """A random state of its own, and on a GPU only kernels that repeat."""
+    deterministic = torch.backends.cudnn.deterministic
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        torch.backends.cudnn.deterministic = True
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.deterministic = deterministic
+
+
+@contextlib.contextmanager
+def _layout(model: nn.Module, channels_last: bool):
+    """Convolutions run fastest with channels last; the model gets its usual layout back."""
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        if channels_last:
+            model.to(memory_format=torch.contiguous_format)

@@ -1,0 +1,58 @@
+"""pyproject.toml, environment.yml and constraints.txt tell the same story."""
+
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pyproject():
+    requirements = map(Requirement, PROJECT["dependencies"])
+    return {requirement.name: str(requirement.specifier) for requirement in requirements}
+
+
+def conda():
+    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    requirements = [Requirement(entry) for entry in entries if isinstance(entry, str) and entry != "pip"]
+    return {
+        CONDA_NAMES.get(requirement.name, requirement.name): str(requirement.specifier) for requirement in requirements
+    }
+
+
+def test_conda_and_pip_ask_for_the_same():
+    environment = conda()
+    assert environment.pop("python") == PROJECT["requires-python"]
+    assert environment == pyproject()
+
+
+def constraints():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {r.name.lower(): r for r in map(Requirement, (line for line in lines if line and not line.startswith("#")))}
+
+
+def test_constraints_pin_every_dependency_within_its_bounds():
+    pins = constraints()
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    for requirement in map(Requirement, wanted):
+        pinned = next(iter(pins[requirement.name].specifier))
+        assert pinned.operator == "=="
+        assert pinned.version in requirement.specifier, requirement
+
+
+def test_constraints_have_no_hashes_and_no_local_versions():
+    text = (ROOT / "constraints.txt").read_text()
+    assert "--hash" not in text and "+" not in text
+    assert "torch==2.13.0" in text and "torchvision==0.28.0" in text
+
+
+@pytest.mark.parametrize("name", pyproject())
+def test_what_is_installed_satisfies_the_bounds(name):
+    installed = version(name).partition("+")[0]
+    assert installed in Requirement(name + pyproject()[name]).specifier
