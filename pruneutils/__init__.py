@@ -3,7 +3,7 @@
 import importlib
 
 from .checkpoints import load, save
-from .criteria import criterion, list_criteria, scores
+from .criteria import criterion, dead_weights, list_criteria, scores
 from .model_utils import (
     Count,
     Masks,

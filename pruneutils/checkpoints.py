@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from . import models
 from .model_utils import get_masks, make_permanent, nearest, set_masks
 
 _BITS, _KEPT = "#mask", "#kept"  # what stands for a pruned weight in a file: packed bits, and the values kept
@@ -71,9 +72,9 @@ def load(path, model: nn.Module | None = None) -> nn.Module:
         recipe = json.loads(metadata["recipe"])
         if recipe is None:
             raise ValueError(f"{path} has no recipe, since its model is not from models.create; give load a model")
-        from .models import create  # not above: it imports torchvision
-
-        model = create(**recipe)
+        if fetching := sorted(set(recipe) & set(models.FETCHING)):
+            raise ValueError(f"{path}: its recipe asks for {', '.join(fetching)}, which could load other files; refused")
+        model = models.create(**recipe)
     own = model.state_dict()
     for name in sorted(set(own) ^ set(tensors)):
         where = "the file lacks" if name in own else "the model lacks"

@@ -120,6 +120,22 @@ def synflow(model, data):
     Data-free: `data` (a batch, or just its inputs) only tells the input's shape. All in float64, since R grows with
     depth beyond float32 (about 1e70 for ResNet-56), and in eval mode, since batch statistics of one image are void.
     """
+    return {name: weight * g for name, (weight, g) in _flow_gradients(model, data).items()}
+
+
+def dead_weights(model: nn.Module, data) -> dict[str, torch.Tensor]:
+    """The weights that cannot have any effect, {parameter name: bool tensor of the weight's shape}, True = dead.
+
+    No path of nonzero weights leads from the input through them to the output: taps of a kernel that only ever meet
+    padding, layers in front of a batch norm whose scale is zero, channels that are cut off further on. It is the
+    structure that is asked, by SynFlow's R, and not the `data`, which (a batch, or its inputs) only tells the shape.
+    """
+    with _untouched(model, train_mode=False, seed=0):
+        return {name: g == 0 for name, (_, g) in _flow_gradients(model, data).items()}
+
+
+def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{parameter name: (|w|, dR/d|w|)}, R as in `synflow`."""
     inputs = data if torch.is_tensor(data) else next(iter(batches(data)))[0]
     ones = torch.ones_like(inputs[:1], dtype=torch.float64, device=device_of(model))
     tensors = {
@@ -130,7 +146,7 @@ def synflow(model, data):
     model.eval()
     flow = torch.func.functional_call(model, tensors, (ones,)).sum()
     gradients = grad(flow, weights.values(), materialize_grads=True)
-    return {name: w * g for (name, w), g in zip(weights.items(), gradients)}
+    return {name: (w.detach(), g) for (name, w), g in zip(weights.items(), gradients)}
 
 
 @criterion
