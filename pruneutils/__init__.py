@@ -3,6 +3,7 @@
 import importlib
 
 from .checkpoints import load, save
+from .costs import cost, cost_table
 from .criteria import criterion, dead_weights, list_criteria, scores
 from .model_utils import (
     Count,
@@ -24,11 +25,22 @@ from .pruning import (
     prune_threshold,
     sparsity_at,
 )
-from .training import DivergenceError, fit, gradual, lottery_ticket
+from .training import DivergenceError, fit, gradual, lottery_ticket, trained
 
 __version__ = "0.1.0"
 
-_MODULES = ("costs", "data", "experiments", "models", "notebook", "plots", "statistics")  # heavier ones, imported when first used
+# heavier ones, imported when first used
+_MODULES = (
+    "backward",
+    "controls",
+    "data",
+    "dynamic",
+    "experiments",
+    "models",
+    "notebook",
+    "plots",
+    "statistics",
+)
 
 __all__ = [name for name in dir() if not name.startswith("_") and name != "importlib"] + list(_MODULES)
 

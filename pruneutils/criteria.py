@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .model_utils import batches, device_of, layer_name, nearest, prunable_weights
+from .model_utils import batches, device_of, in_mode, layer_name, nearest, own_random_state, prunable_weights
 
 Scores = dict[str, torch.Tensor]
 _CRITERIA: dict[str, Callable[..., Scores]] = {}
@@ -253,10 +253,11 @@ def prepare(criterion, data, loss_fn, seed, options) -> tuple[str, Callable[[nn.
     name = getattr(function, "__name__", type(function).__name__)
     parameters = list(inspect.signature(function).parameters.values())[1:]
     takes = [p.name for p in parameters]
-    if unknown := sorted(set(options) - set(takes)):
+    any_option = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not any_option and (unknown := sorted(set(options) - set(takes))):
         raise TypeError(f"criterion {name!r} has no option {', '.join(unknown)}; its own: {', '.join(takes) or 'none'}")
     offered = dict(loss_fn=loss_fn or F.cross_entropy, seed=seed, **options)
-    given = {key: value for key, value in offered.items() if key in takes}
+    given = {key: value for key, value in offered.items() if key in takes or key in options}
     if function not in _CRITERIA.values():  # a callable of the user's own gets its data by position, whatever it is
         return name, lambda model: function(model, data, **given)
     if "data" in takes:
@@ -269,14 +270,10 @@ def prepare(criterion, data, loss_fn, seed, options) -> tuple[str, Callable[[nn.
 @contextlib.contextmanager
 def _untouched(model: nn.Module, train_mode: bool, seed: int) -> Iterator[None]:
     """Eval (or train) mode, fresh gradients and a random state of its own inside; everything as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = device_of(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+    with own_random_state(device_of(model), seed), in_mode(model, train_mode), torch.enable_grad():
         try:
-            torch.manual_seed(seed)
-            model.train(train_mode)
             for p, _, _ in parameters:
                 p.grad = None
             for weight in prunable_weights(model).values():
@@ -288,8 +285,6 @@ def _untouched(model: nn.Module, train_mode: bool, seed: int) -> Iterator[None]:
                     buffer.copy_(value)
             for p, requires_grad, gradient in parameters:
                 p.requires_grad_(requires_grad).grad = gradient
-            for module, mode in modes:
-                module.training = mode
 
 
 def _checked(result: Scores, weights: dict[str, nn.Parameter], name: str) -> Scores:

@@ -1,6 +1,7 @@
 """What the notebooks share: their size, where their pictures go, and how they are executed with outputs stored.
 
-`python -m pruneutils.notebook notebooks/*.ipynb` executes notebooks in place; `--size medium` or `full` for more.
+`python -m pruneutils.notebook notebooks/*.ipynb` executes notebooks in place. `--study` with `--size medium` or `full`
+executes one as far as its sweep, whose runs are kept in results/: it can be stopped and called again until it is done.
 """
 
 import argparse
@@ -49,16 +50,18 @@ def source_of(cell) -> str:
     return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
 
 
-def execute(path: Path, output: Path | None = None, parameters: dict | None = None):
-    """Execute a notebook in its folder and write it with its outputs, in place unless `output` is given.
+def execute(path: Path, output: Path | None = None, parameters: dict | None = None, until: str | None = None):
+    """Execute a notebook in its folder, write it with its outputs (in place unless `output` is given) and return it.
 
-    `parameters` replace those of the cell tagged `parameters`. Raises papermill's error if a cell fails.
+    `parameters` replace those of the cell tagged `parameters`; `until` is the tag of the last cell to execute. Raises
+    papermill's error if a cell fails.
     """
     import nbformat
     import papermill
 
     path, output = Path(path).resolve(), Path(output or path).resolve()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a stored progress bar is a dead widget
+    if until is None:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a stored progress bar is a dead widget
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # see ../tests/conftest.py
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_suffix(".part.ipynb")
@@ -87,22 +90,27 @@ def main():
     parser.add_argument("--size", choices=SIZES, help="default: PRUNEUTILS_SIZE, or quick")
     parser.add_argument("--output", type=Path, help="folder for the executed notebooks; default: in place")
     parser.add_argument("--show", action="store_true", help="print what the cells tagged `answer` print")
+    parser.add_argument("--study", action="store_true", help="stop after the sweep; keep the notebook in build/")
+    parser.add_argument("--budget", type=float, help="with --study: start no run after so many seconds")
     arguments = parser.parse_args()
     if arguments.size:
         os.environ["PRUNEUTILS_SIZE"] = arguments.size
+    if arguments.study:
+        arguments.output = arguments.output or Path("build")
     for path in arguments.notebooks:
         output = arguments.output / path.name if arguments.output else path
         print(f"{path} ({size()})", flush=True)
-        notebook = execute(path, output)
-        if arguments.show:
-            print(*_answers(notebook), sep="\n\n")
+        budget = {"budget_seconds": arguments.budget} if arguments.budget else {}
+        notebook = execute(path, output, budget, "sweep" if arguments.study else None)
+        if arguments.show or arguments.study:
+            print(*_texts(notebook, "sweep" if arguments.study else "answer"), sep="\n\n")
         print(f"executed: {output}", flush=True)
 
 
-def _answers(notebook) -> list[str]:
-    """The text that cells tagged `answer` have put out."""
-    cells = [cell for cell in notebook.cells if "answer" in cell.metadata.get("tags", [])]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+def _texts(notebook, tag) -> list[str]:
+    """The text that cells of this tag have put out."""
+    cells = [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+    outputs = [output for cell in cells for output in cell.get("outputs", []) if output.get("name") != "stderr"]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
     return [text.rstrip() for text in texts if text]
 

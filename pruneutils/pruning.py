@@ -68,7 +68,7 @@ def prune(
     _check_fraction("drop_probability", drop_probability)
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a positive int, not {iterations!r}")
-    if iterations > 1 and (drop_probability < 1 or ":" in granularity):
+    if iterations > 1 and (drop_probability < 1 or ":" in str(granularity)):
         raise ValueError(f"iterations={iterations} goes neither with drop_probability below 1 nor with N:M: use 1")
     if data is not None and not torch.is_tensor(data) and iter(data) is data:
         data = list(data)  # an iterator would be empty when scores are computed again
@@ -200,7 +200,7 @@ def erk_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> di
 
 def _groups(weights, sparsity, scope, granularity) -> list[tuple[list[str], int]]:
     """Who competes with whom, and how many weights of each such group are to be pruned in the end."""
-    if ":" in granularity:
+    if ":" in str(granularity):
         n, m = n_of_m(granularity)
         if bad := [f"{name} ({w.shape[1]} inputs)" for name, w in weights.items() if w.shape[1] % m]:
             raise ValueError(f"{granularity} needs inputs in multiples of {m}; exclude {', '.join(bad)}")
@@ -271,7 +271,7 @@ def _warn(ties, masks, criterion):
             TiedScoresWarning,
             stacklevel=3,
         )
-    empty = [layer_name(name) for name, mask in masks.items() if not mask.any()]
+    empty = [layer_name(name) for name, mask in masks.items() if not mask.cpu().numpy().any()]
     if empty:
         warnings.warn(
             f"{len(empty)} of {len(masks)} layers have no weight left: {', '.join(empty)}. Less sparsity, more "

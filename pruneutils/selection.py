@@ -47,8 +47,8 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
     names, ends = list(scores), torch.tensor([s.numel() for s in scores.values()], device=places.device).cumsum(0)
     stays, ties = torch.ones_like(values, dtype=torch.bool), torch.zeros(len(names), dtype=torch.long)
     if going:
-        cut = values.kthvalue(going).values
-        tied = (values == cut).nonzero().flatten()  # in order of position
+        cut = _kth(values, going)
+        tied = _places(values == cut)  # in order of position
         going_tied = going - int((values < cut).count_nonzero())
         stays = values > cut
         stays[tied[going_tied:]] = True
@@ -77,7 +77,7 @@ def _bracket(scores, quantile, alive, transform) -> tuple[float, float]:
         values = transform(s.detach().reshape(-1)[here])
         sample.append((values[alive[name].reshape(-1)[here]] if name in alive else values).cpu())
         start += s.numel()
-    sample = torch.cat(sample).sort().values
+    sample = torch.from_numpy(np.sort(torch.cat(sample).numpy()))
     n = len(sample)
     margin = 5 * (quantile * (1 - quantile) / max(n, 1)) ** 0.5 * n + 2
     first, last = int(quantile * n - margin), int(quantile * n + margin) + 1
@@ -105,7 +105,7 @@ def _split(scores, low, high, alive, transform):
                 here = alive[name].reshape(-1)[i : i + size]
                 above &= here
                 inside &= here
-            inside = inside.nonzero().flatten()
+            inside = _places(inside)
             values.append(chunk[inside].to(device))
             places.append(inside.to(device) + (start + i))
             kept += above.count_nonzero().to(device)
@@ -116,12 +116,27 @@ def _split(scores, low, high, alive, transform):
     return keep, torch.cat(values), torch.cat(places), int(kept)
 
 
+# On a CPU, numpy compares, searches and partitions three to nine times faster than torch.
+
+
 def _greater(values, bound: float, out):
-    """torch.gt(values, bound, out=out); numpy's is three times faster on a CPU."""
+    """torch.gt(values, bound, out=out)"""
     if values.device.type == "cpu":
         np.greater(values.numpy(), bound, out=out.numpy())
         return out
     return torch.gt(values, bound, out=out)
+
+
+def _places(mask):
+    """Where a flat mask is True, ascending."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().flatten()
+
+
+def _kth(values, k: int):
+    """The k-th lowest value; torch.kthvalue is slow on a GPU."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.partition(values.numpy(), k - 1))[k - 1]
+    return values.sort().values[k - 1]
 
 
 # --- Units larger than one weight ------------------------------------------------------------------------------------

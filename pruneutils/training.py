@@ -1,6 +1,8 @@
 """Training of pruned (or dense) models, and the recipes that prune while training."""
 
 import contextlib
+import copy
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .model_utils import accuracy, count, device_of, nearest
+from . import data, models
+from .model_utils import accuracy, count, device_of, nearest, own_random_state
 from .pruning import prune, sparsity_at
 
 OPTIMIZERS = {
@@ -62,8 +65,8 @@ def fit(
     one (NaN in between). `optimizer`: "sgd" (momentum 0.9, Nesterov), "adam", any callable `parameters -> Optimizer`,
     or an Optimizer; `lr` defaults to 0.1 and 0.001. `schedule` sets the learning rate at every step: "constant", "step"
     (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0), or any
-    callable from progress in [0, 1] to a factor. `precision`: "float32", "bfloat16" (autocast, channels_last), or "auto":
-    bfloat16 on a GPU. `on_step(model, step, steps)` is called after every step. `start_step` leaves out the first
+    callable from progress in [0, 1] to a factor. `precision`: "float32", "bfloat16" (autocast, channels_last), or
+    "auto": bfloat16 on a GPU. `on_step(model, step, steps)` is called after every step. `start_step` leaves out the first
     steps, but not their place in the schedule and the data order: training goes on as from a snapshot taken there.
 
     The same `seed` on the same machine repeats the run bit for bit; the global random state is left alone. Raises
@@ -128,6 +131,25 @@ def fit(
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
     return pd.DataFrame(rows)
+
+
+def trained(network: str, dataset: str, seed: int = 0, *, train_size: int | None = None, device="cpu", **fit_options):
+    """A network by name, trained on a data set by name (or on `train_size` images of it): (model, train, test).
+
+    The start of many experiments: every arm of a seed gets its own copy of the same network, which is trained once in
+    a process as long as the arguments stay the same. `fit_options` are those of `fit`.
+    """
+    model, train, test = _trained(network, dataset, seed, train_size, str(device), tuple(sorted(fit_options.items())))
+    return copy.deepcopy(model), train, test
+
+
+@functools.lru_cache(maxsize=1)
+def _trained(network, dataset, seed, train_size, device, fit_options):
+    train, test = data.load(dataset, device=device)
+    train = train.subset(train_size) if train_size else train
+    model = models.create(network, num_classes=len(train.classes), in_channels=train.images.shape[1], seed=seed)
+    fit(model.to(device), train, seed=seed, **dict(fit_options))
+    return model, train, test
 
 
 def gradual(
@@ -241,8 +263,7 @@ def _batches(train, batch_size, generator) -> tuple[Callable, int]:
 def _reproducible(device: torch.device, seed: int):
     """A random state of its own, and on a GPU only kernels that repeat."""
     deterministic = torch.backends.cudnn.deterministic
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with own_random_state(device, seed):
         torch.backends.cudnn.deterministic = True
         try:
             yield
