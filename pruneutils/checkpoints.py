@@ -2,17 +2,16 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from . import models
-from .model_utils import get_masks, make_permanent, nearest, set_masks
+from .model_utils import get_masks, make_permanent, nearest, prunable_weights, set_masks
 
 _BITS, _KEPT = "#mask", "#kept"  # what stands for a pruned weight in a file: packed bits, and the values kept
 
@@ -39,13 +38,15 @@ def save(model: nn.Module, path, **facts) -> Path:
     recipe = getattr(model, "recipe", None)
     metadata = {"format": "pruneutils", "shapes": json.dumps(shapes), "facts": facts, "recipe": json.dumps(recipe)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         save_file(tensors, part, metadata)
+        part.chmod(mode)  # safetensors makes files that only their owner can read
         os.replace(part, path)
     except BaseException:
-        os.unlink(part)
+        part.unlink(missing_ok=True)
         raise
     return path
 
@@ -56,9 +57,12 @@ def load(path, model: nn.Module | None = None) -> nn.Module:
     The facts are in `model.facts`. Raises ValueError if the file is not one of ours, names other tensors than the model
     has, or has no recipe while no model is given; nothing is changed then.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     if metadata.get("format") != "pruneutils":
         raise ValueError(f"{path} was not written by pruneutils.save; load it with safetensors.torch.load_file")
     masks = {}
@@ -73,7 +77,9 @@ def load(path, model: nn.Module | None = None) -> nn.Module:
         if recipe is None:
             raise ValueError(f"{path} has no recipe, since its model is not from models.create; give load a model")
         if fetching := sorted(set(recipe) & set(models.FETCHING)):
-            raise ValueError(f"{path}: its recipe asks for {', '.join(fetching)}, which could load other files; refused")
+            raise ValueError(
+                f"{path}: its recipe asks for {', '.join(fetching)}, which could load other files; refused"
+            )
         model = models.create(**recipe)
     own = model.state_dict()
     for name in sorted(set(own) ^ set(tensors)):
@@ -82,6 +88,8 @@ def load(path, model: nn.Module | None = None) -> nn.Module:
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, in the model {tuple(own[name].shape)}")
+    if lost := sorted(set(masks) - set(prunable_weights(model) if masks else ())):
+        raise ValueError(f"{path} has a mask for {lost[0]!r}, which is no prunable weight of the model")
     make_permanent(model)
     model.load_state_dict(tensors)
     set_masks(model, masks)

@@ -15,7 +15,16 @@ from torch import nn
 from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .model_utils import batches, device_of, in_mode, layer_name, nearest, own_random_state, prunable_weights
+from .model_utils import (
+    batches,
+    device_of,
+    generator,
+    in_mode,
+    layer_name,
+    nearest,
+    own_random_state,
+    prunable_weights,
+)
 
 Scores = dict[str, torch.Tensor]
 _CRITERIA: dict[str, Callable[..., Scores]] = {}
@@ -38,10 +47,10 @@ def list_criteria() -> list[str]:
 @criterion
 def random(model, seed):
     """Uniform in [0, 1), drawn on the CPU so that every device gets the same masks."""
-    generator = torch.Generator().manual_seed(seed)
+    drawn = generator(seed, "random")
     # float64: 24-bit random numbers would tie by the hundred in a model of 25 million weights
     return {
-        name: torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+        name: torch.rand(weight.shape, generator=drawn, dtype=torch.float64).to(weight.device)
         for name, weight in prunable_weights(model).items()
     }
 

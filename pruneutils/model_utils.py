@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import fnmatch
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -177,6 +178,8 @@ register_optimizer_step_post_hook(_hold_masks)
 def _reapply(module, _incompatible_keys=None):
     """After load_state_dict: what is pruned stays pruned, also where `assign=True` has put new parameters in."""
     for name, mask in module._pruneutils_masks.items():
+        if _MASKS.get(id(mask.weight)) is not mask:
+            continue  # a tied weight, whose mask has been replaced through another module
         if module._parameters[name] is not mask.weight:
             module._pruneutils_masks[name] = mask = _Mask(module._parameters[name], mask.keep, mask.original)
         mask.apply()
@@ -186,11 +189,11 @@ def _masked(model: nn.Module) -> dict[str, _Mask]:
     """{parameter name: _Mask} of all masks that are still those of a present parameter."""
     found, seen = {}, set()
     for layer, module in model.named_modules():
-        for name, mask in getattr(module, "_pruneutils_masks", {}).items():
-            if module._parameters.get(name) is mask.weight and id(mask.weight) not in seen:
-                seen.add(id(mask.weight))
-                mask.keep = mask.keep.to(mask.weight.device)  # the model may have moved
-                found[f"{layer}.{name}" if layer else name] = mask
+        weight = module._parameters.get("weight") if isinstance(module, _PRUNABLE) else None
+        if id(weight) in _MASKS and id(weight) not in seen:  # by the weight: another module may hold a tied one's mask
+            seen.add(id(weight))
+            found[f"{layer}.weight" if layer else "weight"] = mask = _MASKS[id(weight)]
+            mask.keep = mask.keep.to(weight.device)  # the model may have moved
     return found
 
 
@@ -306,15 +309,24 @@ def batches(data) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield tuple(batch)
 
 
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed the CPU and `device`; torch.manual_seed would reseed all other GPUs too, which nobody puts back."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """A CPU generator for one purpose: the plain seed may have drawn the very weights that are to be pruned."""
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + zlib.crc32(purpose.encode())) % 2**32)
+
+
 @contextlib.contextmanager
 def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
     """Inside, the random numbers of the CPU and of `device` start from `seed`; outside, nothing has happened."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng([device] if cuda else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all other GPUs as well
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seed_device(device, seed)
         yield
 
 

@@ -3,14 +3,14 @@
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 
 import torch
 from torch import nn
 
 from . import criteria
-from .model_utils import Masks, attach_masks, get_masks, layer_name, match_layers, nearest, prunable_weights
+from .model_utils import Masks, attach_masks, generator, get_masks, layer_name, match_layers, nearest, prunable_weights
 from .selection import Selection, n_of_m, select, select_n_of_m, select_units, unit_scores, unit_shape
 
 SCOPES = ("global", "layer", "erk")
@@ -63,21 +63,22 @@ def prune(
     was, for an unknown name, a fraction outside [0, 1], less sparsity than the model has, and unusable scores.
     """
     weights = prunable_weights(model, exclude)
-    _check_name("scope", scope, SCOPES)
-    _check_name("schedule", schedule, SCHEDULES)
-    _check_fraction("drop_probability", drop_probability)
+    check_name("scope", scope, SCOPES)
+    check_name("schedule", schedule, SCHEDULES)
+    check_fraction("drop_probability", drop_probability)
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a positive int, not {iterations!r}")
     if iterations > 1 and (drop_probability < 1 or ":" in str(granularity)):
         raise ValueError(f"iterations={iterations} goes neither with drop_probability below 1 nor with N:M: use 1")
-    if data is not None and not torch.is_tensor(data) and iter(data) is data:
+    if isinstance(data, Iterator):
         data = list(data)  # an iterator would be empty when scores are computed again
     name, _ = criteria.prepare(criterion, data, loss_fn, seed, options)
 
+    _check_not_transposed(model, weights, granularity)
     groups = _groups(weights, sparsity, scope, granularity)
     weights = {name: weights[name] for names, _ in groups for name in names}
     present = {name: mask for name, mask in get_masks(model).items() if name in weights}
-    starts = [_check_not_less(names, target, weights, present) for names, target in groups]
+    starts = [_check_not_less(names, target, weights, present, granularity) for names, target in groups]
     before = {name: w.detach().clone() for name, w in weights.items()} if restorable or iterations > 1 else None
     alive, ties = dict(present), {}
     try:
@@ -108,14 +109,14 @@ def prune(
                 ties |= chosen.ties
             if step < iterations:
                 _zero(weights, alive)
+        if drop_probability < 1:
+            alive = _spare(alive, present, granularity, drop_probability, seed)
+        _warn(ties, alive, name)  # before the model changes: a warning can be made an error
     except BaseException:
         if iterations > 1:
             _copy(weights, before)
         raise
-    if drop_probability < 1:
-        alive = _spare(alive, present, granularity, drop_probability, seed)
     attach_masks(model, alive, before if restorable else None)
-    _warn(ties, alive, name)
     return get_masks(model)
 
 
@@ -140,12 +141,13 @@ def prune_threshold(
     The arguments, warnings and errors are those of `prune`; `threshold` is in the criterion's units.
     """
     weights = prunable_weights(model, exclude)
-    _check_fraction("drop_probability", drop_probability)
+    check_fraction("drop_probability", drop_probability)
     if granularity not in ("weight", "kernel", "filter"):
         raise ValueError(f"unknown granularity {granularity!r} for a threshold; known: weight, kernel, filter")
     if not isinstance(threshold, Real) or math.isnan(threshold):
         raise ValueError(f"threshold must be a number, not {threshold!r}")
     name, _ = criteria.prepare(criterion, data, loss_fn, seed, options)
+    _check_not_transposed(model, weights, granularity)
     scores = criteria.scores(
         model, criterion, data, loss_fn=loss_fn, seed=seed, exclude=exclude, train_mode=train_mode, **options
     )
@@ -157,8 +159,8 @@ def prune_threshold(
         keep[key] = (score >= threshold).expand(weights[key].shape) & present.get(key, score.new_ones((), dtype=bool))
     if drop_probability < 1:
         keep = _spare(keep, present, granularity, drop_probability, seed)
+    _warn({}, keep, name)  # before the model changes: a warning can be made an error
     attach_masks(model, keep, {n: w.detach().clone() for n, w in weights.items()} if restorable else None)
-    _warn({}, keep, name)
     return get_masks(model)
 
 
@@ -168,7 +170,7 @@ def sparsity_at(progress: float, sparsity: float, start: float = 0.0, schedule: 
     "exponential" removes the same share of what is left in every step (Tanaka et al. 2020), "linear" the same number,
     "cubic" most at first: final + (start - final)(1 - t)^3 (Zhu & Gupta 2017); "one-shot" all in the first step.
     """
-    _check_name("schedule", schedule, SCHEDULES)
+    check_name("schedule", schedule, SCHEDULES)
     t = progress
     if schedule == "exponential":
         return 1 - (1 - start) ** (1 - t) * (1 - sparsity) ** t
@@ -207,25 +209,27 @@ def _groups(weights, sparsity, scope, granularity) -> list[tuple[list[str], int]
         if sparsity not in (None, 1 - n / m):
             raise ValueError(f"{granularity} makes the sparsity {1 - n / m}, not {sparsity!r}; leave it out")
         return [([name], weight.numel() * (m - n) // m) for name, weight in weights.items()]
-    _check_name("granularity", granularity, GRANULARITIES)
+    check_name("granularity", granularity, GRANULARITIES)
     sizes = {name: weight.numel() for name, weight in weights.items()}
     if isinstance(sparsity, Mapping):
         if not sparsity:
             raise ValueError("sparsity is an empty mapping; give {layer name or glob: fraction}")
         for pattern, fraction in sparsity.items():
-            _check_fraction(f"sparsity of {pattern!r}", fraction)
+            check_fraction(f"sparsity of {pattern!r}", fraction)
         found = match_layers(weights, sparsity, "sparsity")
         return [([name], round(sparsity[found[name]] * sizes[name])) for name in weights if name in found]
-    _check_fraction("sparsity", sparsity)
+    check_fraction("sparsity", sparsity)
     if scope == "global":
         return [(list(weights), round(sparsity * sum(sizes.values())))]
     if scope == "layer":
         return [([name], round(sparsity * size)) for name, size in sizes.items()]
     fractions = erk_sparsities({name: tuple(weight.shape) for name, weight in weights.items()}, sparsity)
-    # rounded as running sums, so that the whole is exact too
-    ends = [round(end) for end in itertools.accumulate(fractions[name] * size for name, size in sizes.items())]
-    ends[-1] = round(sparsity * sum(sizes.values()))
-    return [([name], end - start) for name, start, end in zip(sizes, [0, *ends], ends)]
+    # rounded as running sums, so that the whole is exact too; not over dense layers, which can take no rounding
+    sparse = [name for name, size in sizes.items() if fractions[name] * size > 1e-6]
+    ends = [round(end) for end in itertools.accumulate(fractions[name] * sizes[name] for name in sparse)]
+    ends[-1:] = [round(sparsity * sum(sizes.values()))] if sparse else []
+    targets = {name: end - start for name, start, end in zip(sparse, [0, *ends], ends)}
+    return [([name], targets.get(name, 0)) for name in sizes]
 
 
 def _select(scores, k, alive, granularity, normalize, transform) -> Selection:
@@ -241,10 +245,10 @@ def _select(scores, k, alive, granularity, normalize, transform) -> Selection:
 
 def _spare(keep, present, granularity, probability, seed) -> dict[str, torch.Tensor]:
     """Let each unit that would go stay with 1 - probability; drawn on the CPU, so that all devices agree."""
-    generator = torch.Generator().manual_seed(seed)
+    drawn = generator(seed, "drop")
     spared = {}
     for name, mask in keep.items():
-        draws = torch.rand(unit_shape(mask.shape, granularity), generator=generator) >= probability
+        draws = torch.rand(unit_shape(mask.shape, granularity), generator=drawn) >= probability
         spared[name] = mask | (draws.to(mask.device) & present.get(name, mask.new_ones(())))
     return spared
 
@@ -281,10 +285,12 @@ def _warn(ties, masks, criterion):
         )
 
 
-def _check_not_less(names, target, weights, present) -> int:
+def _check_not_less(names, target, weights, present, granularity) -> int:
     """How many weights of the group are pruned already; ValueError if that is more than asked for."""
     pruned = sum(present[name].numel() - int(present[name].count_nonzero()) for name in names if name in present)
-    if pruned > target:
+    # whole units may have taken up to half of the largest more than asked for
+    units = (weights[name].numel() // math.prod(unit_shape(weights[name].shape, granularity)) for name in names)
+    if pruned - target > max(units) // 2:
         total = sum(weights[name].numel() for name in names)
         where = layer_name(names[0]) if len(names) == 1 else f"the {len(names)} layers together"
         raise ValueError(
@@ -294,11 +300,18 @@ def _check_not_less(names, target, weights, present) -> int:
     return pruned
 
 
-def _check_name(argument, value, known):
+def _check_not_transposed(model, weights, granularity):
+    if granularity not in ("weight", "kernel"):
+        bad = [name for name in weights if getattr(model.get_submodule(layer_name(name)), "transposed", False)]
+        if bad:
+            raise ValueError(f"{granularity!r} is not for transposed convolutions; exclude {', '.join(bad)}")
+
+
+def check_name(argument, value, known):
     if value not in known:
         raise ValueError(f"unknown {argument} {value!r}; {nearest(value, known)}")
 
 
-def _check_fraction(argument, value):
+def check_fraction(argument, value):
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"{argument} must be a fraction in [0, 1], not {value!r}")

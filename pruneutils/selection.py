@@ -35,7 +35,8 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
     total = sum(int(alive[n].count_nonzero()) if n in alive else s.numel() for n, s in scores.items())
     if not 0 <= k <= total:
         raise ValueError(f"cannot prune {k} of {total} weights")
-    dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores.values()) else torch.float32
+    single = (torch.float32, torch.bfloat16, torch.float16)
+    dtype = torch.float32 if all(s.dtype in single for s in scores.values()) else torch.float64
     transform = transform or (lambda chunk: chunk)
     low, high = _bracket(scores, k / max(total, 1), alive, lambda chunk: transform(chunk.to(dtype)))
     while True:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import data, models
-from .model_utils import accuracy, count, device_of, nearest, own_random_state
-from .pruning import prune, sparsity_at
+from .criteria import prepare
+from .model_utils import accuracy, count, device_of, nearest, own_random_state, prunable_weights, seed_device
+from .pruning import SCOPES, check_fraction, check_name, prune, sparsity_at
 
 OPTIMIZERS = {
     "sgd": lambda parameters, lr, weight_decay: torch.optim.SGD(
@@ -67,7 +68,8 @@ def fit(
     (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0), or any
     callable from progress in [0, 1] to a factor. `precision`: "float32", "bfloat16" (autocast, channels_last), or
     "auto": bfloat16 on a GPU. `on_step(model, step, steps)` is called after every step. `start_step` leaves out the first
-    steps, but not their place in the schedule and the data order: training goes on as from a snapshot taken there.
+    steps, but not their place in the schedule, the data order and the dropout: training goes on as from a snapshot
+    taken there, except that the optimizer has no momentum yet.
 
     The same `seed` on the same machine repeats the run bit for bit; the global random state is left alone. Raises
     DivergenceError when the loss is NaN or infinite, ValueError for an unknown name.
@@ -85,9 +87,11 @@ def fit(
     reduced = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     loss_fn = loss_fn or (lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=label_smoothing))
     batches, per_epoch = _batches(train, batch_size, torch.Generator().manual_seed(seed))
+    if per_epoch == 0:
+        raise ValueError("train holds no sample")
     rates = [group["lr"] for group in optimizer.param_groups]
     rows, step, steps = [], 0, epochs * per_epoch
-    with _reproducible(device, seed), _layout(model, reduced):
+    with _rates_back(optimizer), _reproducible(device, seed), _layout(model, reduced):
         for epoch in tqdm(range(1, epochs + 1), "fit", unit="epoch", leave=False, disable=not progress):
             model.train()
             started = time.perf_counter()
@@ -99,6 +103,7 @@ def fit(
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * factor((step - 1) / steps)
                 inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                seed_device(device, seed * 1_000_003 + step)  # a run from `start_step` draws the same dropout
                 with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
                     outputs = model(inputs)
                     loss = loss_fn(outputs, targets)
@@ -128,8 +133,6 @@ def fit(
                     "seconds": time.perf_counter() - started,
                 }
             )
-    for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"] = rate
     return pd.DataFrame(rows)
 
 
@@ -174,6 +177,11 @@ def gradual(
     of `fit`; each stage has an optimizer and a learning-rate schedule of its own. A row per epoch, as from `fit`, with
     `epoch` counted through and the columns `stage` and `sparsity`.
     """
+    sparsities = list(sparsities)
+    for sparsity in sparsities:
+        check_fraction("sparsities: each", sparsity)
+    if not sparsities or sparsities != sorted(sparsities):
+        raise ValueError(f"sparsities must be ascending fractions, at least one, not {sparsities!r}")
     tables = []
     for stage, sparsity in enumerate(sparsities):
         prune(
@@ -209,6 +217,14 @@ def lottery_ticket(
     the same data order and schedule. The model ends trained, with the ticket as its masks. A row per epoch, as from
     `fit`, with the columns `round` (0 is dense) and `sparsity`.
     """
+    # what would fail only after the dense training
+    prunable_weights(model, exclude)
+    check_fraction("sparsity", sparsity)
+    check_name("scope", scope, SCOPES)
+    prepare(criterion, None, None, seed, {})
+    steps = epochs * _batches(train, fit_options.get("batch_size", 128), torch.Generator())[1]
+    if not 0 <= rewind_step <= steps:
+        raise ValueError(f"rewind_step={rewind_step} is beyond the end of training after {steps} steps")
     snapshot = {}
 
     def take(model, step, steps):
@@ -226,8 +242,6 @@ def lottery_ticket(
         start = rewind_step if turn else 0
         hook = on_step if turn else take
         table = fit(model, train, test, epochs, seed=seed, start_step=start, on_step=hook, **fit_options)
-        if not snapshot:
-            raise ValueError(f"rewind_step={rewind_step} is beyond the end of training")
         tables.append(table.assign(round=turn, sparsity=count(model).sparsity))
     return pd.concat(tables, ignore_index=True)
 
@@ -254,7 +268,7 @@ def _batches(train, batch_size, generator) -> tuple[Callable, int]:
                 yield inputs[places], targets[places]
 
         return shuffled, -(-len(targets) // batch_size)
-    if not hasattr(train, "__len__") or iter(train) is train:
+    if not hasattr(train, "__len__") or isinstance(train, Iterator):
         raise TypeError("train must be re-iterable and have a length: a data set, a pair of tensors, or a DataLoader")
     return lambda: iter(train), len(train)
 
@@ -272,12 +286,28 @@ def _reproducible(device: torch.device, seed: int):
 
 
 @contextlib.contextmanager
+def _rates_back(optimizer):
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
+
+
+@contextlib.contextmanager
 def _layout(model: nn.Module, channels_last: bool):
     """Convolutions run fastest with channels last; the model gets its usual layout back."""
     if channels_last:
-        model.to(memory_format=torch.channels_last)
+        _set_layout(model, torch.channels_last)
     try:
         yield
     finally:
         if channels_last:
-            model.to(memory_format=torch.contiguous_format)
+            _set_layout(model, torch.contiguous_format)
+
+
+def _set_layout(model, memory_format):
+    for p in model.parameters():
+        if p.ndim == 4:  # Module.to() refuses the five dimensions of Conv3d
+            p.data = p.data.contiguous(memory_format=memory_format)

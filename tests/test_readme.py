@@ -1,0 +1,44 @@
+"""The README's code runs, and what it lists is all there is."""
+
+import re
+from pathlib import Path
+
+import pruneutils as pu
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pu.criteria, "_CRITERIA", dict(pu.criteria._CRITERIA))
+    example, criterion = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(example.split("\n\n")[1].splitlines()) <= 10
+    names = {}
+    exec(example, names)
+    assert pu.count(names["model"]).sparsity == 1 - round(0.1 * 266_200) / 266_200
+    assert pu.accuracy(names["model"], names["test"]) > 0.85
+    exec(criterion, names)
+    assert "distance" in pu.list_criteria()
+
+
+def test_every_criterion_is_listed():
+    listed = re.findall(r"^\| `(\w+)` \|", README, flags=re.M)
+    assert listed == pu.list_criteria()
+
+
+def test_every_notebook_is_listed():
+    listed = re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\) \|", README, flags=re.M)
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r'(?:\]\(|src="|srcset=")((?:images|notebooks)/[^")]+)', README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_commands_are_those_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"^make (\w+)|`make (\w+)", README, flags=re.M):
+        command = "".join(command)
+        assert re.search(rf"^{command}:", makefile, flags=re.M), command
