@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that wait busily can slow two processes down a hundredfold: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lab notebooks clean
+.PHONY: run test lab study notebooks clean
 
 # Prunes small networks gradually, in about a minute: table here, picture in images/, notebook in build/.
 run: .venv/installed
@@ -19,6 +19,11 @@ test: .venv/installed
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
+
+# A notebook's sweep in a larger size, from a shell: make study NAME=gradual_vs_instant SIZE=medium BUDGET=3600
+# Finished runs are kept in results/; call it again until it says that none is missing.
+study: .venv/installed
+	$(BIN)/python -m pruneutils.notebook --study --size $(or $(SIZE),full) $(if $(BUDGET),--budget $(BUDGET)) notebooks/$(NAME).ipynb
 
 # For maintainers: execute all notebooks in place, in quick size, and store their outputs.
 notebooks: .venv/installed

@@ -67,9 +67,9 @@ def fit(
     or an Optimizer; `lr` defaults to 0.1 and 0.001. `schedule` sets the learning rate at every step: "constant", "step"
     (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0), or any
     callable from progress in [0, 1] to a factor. `precision`: "float32", "bfloat16" (autocast, channels_last), or
-    "auto": bfloat16 on a GPU. `on_step(model, step, steps)` is called after every step. `start_step` leaves out the first
-    steps, but not their place in the schedule, the data order and the dropout: training goes on as from a snapshot
-    taken there, except that the optimizer has no momentum yet.
+    "auto": bfloat16 on a GPU. `on_step(model, step, steps)` is called after every step. `start_step` leaves out the
+    first steps, but not their place in the schedule, the data order and the dropout: training goes on as from a
+    snapshot taken there, except that the optimizer has no momentum yet.
 
     The same `seed` on the same machine repeats the run bit for bit; the global random state is left alone. Raises
     DivergenceError when the loss is NaN or infinite, ValueError for an unknown name.

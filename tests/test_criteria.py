@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pruneutils as pu
 from pruneutils import criteria
 from pruneutils.costs import cost
+from pruneutils.model_utils import generator
 
 DATA_FREE = {"random", "magnitude"}
 
