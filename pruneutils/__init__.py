@@ -2,9 +2,12 @@
 
 import importlib
 
+from .backward import backward_pruned
 from .checkpoints import load, save
+from .controls import inverted, overlap, overlap_matrix, redraw, shuffle_masks
 from .costs import cost, cost_table
 from .criteria import criterion, dead_weights, list_criteria, scores
+from .dynamic import drop_fraction_at, dynamic_sparsity, regrow
 from .model_utils import (
     Count,
     Masks,
@@ -31,15 +34,13 @@ __version__ = "0.1.0"
 
 # heavier ones, imported when first used
 _MODULES = (
-    "backward",
-    "controls",
     "data",
-    "dynamic",
     "experiments",
     "models",
     "notebook",
     "plots",
     "statistics",
+    "widgets",
 )
 
 __all__ = [name for name in dir() if not name.startswith("_") and name != "importlib"] + list(_MODULES)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from .model_utils import layer_name, nearest, prunable_weights
+from .model_utils import check_masks, layer_name, prunable_weights
 
 
 class _Outputs(torch.autograd.Function):
@@ -68,18 +68,9 @@ def _pruned_forward(module, forward, mask):
 
 def _checked(model, masks) -> dict[int, torch.Tensor]:
     """{id of the weight: its bool mask on its device}; a weight that several layers share is masked in all of them."""
-    weights = prunable_weights(model)
+    weights, masks = prunable_weights(model), check_masks(model, masks)
     uncalled = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    checked = {}
-    for name, mask in masks.items():
-        if name not in weights:
-            raise ValueError(f"no prunable weight is called {name!r}; {nearest(name, weights)}")
-        weight, mask = weights[name], torch.as_tensor(mask)
-        if mask.shape != weight.shape:
-            raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
-        if mask.dtype != torch.bool and not torch.equal(mask.bool().to(mask), mask):
-            raise ValueError(f"{name}: a mask holds only 0 and 1 (or False and True)")
-        if id(weight) in uncalled:
+    for name in masks:
+        if id(weights[name]) in uncalled:
             raise ValueError(f"nn.MultiheadAttention never calls {layer_name(name)}: leave {name} out of the masks")
-        checked[id(weight)] = mask.to(weight.device, torch.bool, copy=True)
-    return checked
+    return {id(weights[name]): mask for name, mask in masks.items()}

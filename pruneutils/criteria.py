@@ -76,7 +76,8 @@ def snip(model, data, loss_fn):
 @criterion
 def taylor(model, data, loss_fn):
     """(w g)^2: first-order change of the loss without the weight, squared (Molchanov et al. 2019)."""
-    return {name: (w * g).square() for name, (w, g) in _gradients(model, data, loss_fn).items()}
+    # float64: the square of a product below 1e-23 is no float32
+    return {name: (w * g).double().square() for name, (w, g) in _gradients(model, data, loss_fn).items()}
 
 
 @criterion

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .criteria import scores
-from .model_utils import Masks, attach_masks, get_masks, nearest, prunable_weights
+from .model_utils import Masks, attach_masks, get_masks, prunable_weights
+from .pruning import check_fraction, check_name
 from .selection import select
 
 GROWTH = ("gradient", "random")
@@ -32,8 +33,8 @@ def regrow(
     Raises ValueError, and changes nothing, for a model without masks, a fraction outside [0, 1], an unknown `grow`, and
     a gradient that is missing, NaN or infinite.
     """
-    _check_growth(grow)
-    _check_fraction("fraction", fraction)
+    check_name("grow", grow, GROWTH)
+    check_fraction("fraction", fraction)
     masks = get_masks(model)
     if not masks:
         raise ValueError(
@@ -56,8 +57,8 @@ def regrow(
 
 def drop_fraction_at(progress: float, initial: float = 0.3) -> float:
     """The fraction to move at `progress` in [0, 1]: initial / 2 * (1 + cos(pi * progress)) (Evci et al. 2020)."""
-    _check_fraction("progress", progress)
-    _check_fraction("initial", initial)
+    check_fraction("progress", progress)
+    check_fraction("initial", initial)
     return initial / 2 * (1 + math.cos(math.pi * progress))
 
 
@@ -77,9 +78,9 @@ def dynamic_sparsity(
     and the step alone, so training that goes on from a checkpoint repeats. Raises ValueError for an unknown `grow`,
     `every` below 1 and fractions outside [0, 1].
     """
-    _check_growth(grow)
-    _check_fraction("initial", initial)
-    _check_fraction("until", until)
+    check_name("grow", grow, GROWTH)
+    check_fraction("initial", initial)
+    check_fraction("until", until)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a number of steps, at least 1, not {every!r}")
 
@@ -108,13 +109,3 @@ def _present_gradients(weights) -> dict[str, torch.Tensor]:
             "data"
         )
     return {name: weight.grad for name, weight in weights.items()}
-
-
-def _check_growth(grow):
-    if grow not in GROWTH:
-        raise ValueError(f"unknown grow {grow!r}; {nearest(grow, GROWTH)}")
-
-
-def _check_fraction(argument, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{argument} must be a fraction in [0, 1], not {value!r}")

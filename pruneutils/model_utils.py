@@ -209,19 +209,22 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     0 for name, w in pu.prunable_weights(model).items()})` adopts zeros that another tool has left. Raises ValueError
     for an unknown name, another shape, or entries other than 0 and 1, before anything is changed.
     """
-    weights = prunable_weights(model)
-    checked = {}
+    attach_masks(model, check_masks(model, masks))
+
+
+def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of `masks` as bool tensors on the devices of the weights; ValueError where they do not fit `model`."""
+    weights, checked = prunable_weights(model), {}
     for name, mask in masks.items():
         if name not in weights:
             raise ValueError(f"no prunable weight is called {name!r}; {nearest(name, weights)}")
         weight, mask = weights[name], torch.as_tensor(mask)
         if mask.shape != weight.shape:
             raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
-        keep = mask.detach().to(weight.device, torch.bool, copy=True)
-        if mask.dtype != torch.bool and not torch.equal(keep.to(mask), mask.to(weight.device)):
+        checked[name] = mask.detach().to(weight.device, torch.bool, copy=True)
+        if mask.dtype != torch.bool and not torch.equal(checked[name].to(mask), mask):
             raise ValueError(f"{name}: a mask holds only 0 and 1 (or False and True)")
-        checked[name] = keep
-    attach_masks(model, checked)
+    return checked
 
 
 def attach_masks(

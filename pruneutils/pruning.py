@@ -77,6 +77,7 @@ def prune(
     _check_not_transposed(model, weights, granularity)
     groups = _groups(weights, sparsity, scope, granularity)
     weights = {name: weights[name] for names, _ in groups for name in names}
+    exclude = [name for name in prunable_weights(model) if name not in weights]
     present = {name: mask for name, mask in get_masks(model).items() if name in weights}
     starts = [_check_not_less(names, target, weights, present, granularity) for names, target in groups]
     before = {name: w.detach().clone() for name, w in weights.items()} if restorable or iterations > 1 else None

@@ -8,8 +8,7 @@ import copy
 import html
 import inspect
 import io
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import ipywidgets
@@ -22,21 +21,25 @@ from . import criteria, plots, pruning
 from .costs import cost, cost_table
 from .model_utils import (
     Masks,
+    _masked,
     accuracy,
     attach_masks,
+    batches,
     get_masks,
     layer_name,
     layer_table,
     make_permanent,
-    nearest,
     prunable_weights,
     set_masks,
 )
-from .selection import n_of_m, select_n_of_m, unit_scores, unit_shape
+from .selection import Selection, n_of_m, select_n_of_m, unit_scores
 
 _BATCH = 500  # images evaluated at a time: between two of them the panel listens
 _PAUSE = 0.3  # seconds a choice has to stand before all of the data is evaluated
-_SIZE = (11.0, 5.0)  # inches
+_SIZE = (12.0, 5.0)  # inches
+_LEFT = (0.0, -0.02, 0.58, 1.04)  # the place of the 3D picture
+_DPI = 120
+_TRUE = torch.ones((), dtype=torch.bool)
 _ALARM, _TIE = "#D55E00", "#CC79A7"  # Okabe & Ito
 
 
@@ -79,9 +82,10 @@ class Ranking:
 
 
 def rank(scores: Mapping[str, torch.Tensor], granularity: str, alive: Mapping[str, torch.Tensor]) -> Ranking:
-    """Sort the units of `scores` {name: tensor} once; entries where `alive` (bool, missing ones all True) is False go first.
+    """Sort the units of `scores` {name: tensor} once, so that every selection of k out of them is a comparison.
 
-    `granularity` is "weight", "kernel" or "filter". `Ranking.masks` then gives what a selection of any k gives.
+    `granularity` is "weight", "kernel" or "filter". What `alive` (bool tensors by name, missing ones all True) says is
+    pruned already goes first.
     """
     first = next(iter(scores.values()))
     if granularity == "weight":
@@ -105,6 +109,22 @@ def rank(scores: Mapping[str, torch.Tensor], granularity: str, alive: Mapping[st
     return Ranking({name: tuple(u.shape) for name, u in units.items()}, ranks, values, sizes, taken, dead)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What N:M leaves, in the manner of a Ranking: there is nothing to choose."""
+
+    selection: Selection
+
+    def cut(self, k: int) -> int:
+        return k
+
+    def masks(self, going: int) -> dict[str, torch.Tensor]:
+        return self.selection.keep
+
+    def ties(self, going: int) -> dict[str, int]:
+        return self.selection.ties
+
+
 def sparsity_explorer(
     model: nn.Module,
     data,
@@ -124,91 +144,99 @@ def sparsity_explorer(
     """A panel of sliders and pictures for pruning `model`, which stays as it is until the choice is applied.
 
     `data`, as `accuracy` takes it, is what accuracy is measured on: `subset` images at once, all of them when the
-    choice stands. `scoring_data` (default: that subset) is the batch, or batches, for criteria that need data. `choices`
-    are the criteria offered, names or callables; by default all that need no option. The other arguments are those of
-    `prune`, whose masks the panel shows to the bit. Raises ValueError or TypeError as `prune` does.
+    choice stands. `scoring_data` (default: that subset) is the batch, or batches, for criteria that need data.
+    `choices` are the criteria offered, names or callables; by default all that need no option. The other arguments are
+    those of `prune`, whose masks the panel shows to the bit. A choice that `prune` refuses is told in the panel, and
+    raised as ValueError or TypeError here.
     """
-    return SparsityExplorer(
-        model, data, scoring_data, criterion, sparsity, scope, granularity, choices, exclude, subset, loss_fn, seed, style
-    )
+    choice = criterion, sparsity, scope, granularity
+    return SparsityExplorer(model, data, scoring_data, choice, choices, exclude, subset, loss_fn, seed, style)
 
 
 class SparsityExplorer(ipywidgets.VBox):
     """The panel of `sparsity_explorer`.
 
     `.slider`, `.criterion`, `.scope`, `.granularity` and `.button` are the controls, `.image` (PNG) and `.text` (HTML)
-    what they change; `.masks` is the present choice and `.ties` {parameter name: weights that tie at its cut}.
+    what they change; `.masks` is the present choice (None if it is not possible), `.ties` {parameter name: weights that
+    tie at its cut}.
     """
 
-    def __init__(
-        self, model, data, scoring_data, criterion, sparsity, scope, granularity, choices, exclude, subset, loss_fn, seed,
-        style,
-    ):  # fmt: skip
+    def __init__(self, model, data, scoring_data, choice, choices, exclude, subset, loss_fn, seed, style):
+        criterion, sparsity, scope, granularity = choice
+        pruning.check_fraction("sparsity", sparsity)
+        pruning.check_name("scope", scope, pruning.SCOPES)
+        weights = prunable_weights(model, exclude)
+        granularities = ["weight", "kernel", "filter"]
+        granularities += ["2:4"] if all(weight.shape[1] % 4 == 0 for weight in weights.values()) else []
+        granularities += [granularity] if ":" in granularity and granularity not in granularities else []
+        pruning.check_name("granularity", granularity, granularities)
         self.model, self.masks, self.ties = model, None, {}
         self._exclude, self._loss_fn, self._seed, self._style = exclude, loss_fn, seed, style
         self._data = list(data) if iter(data) is data else data
-        self._subset = _first(self._data, subset)
+        self._subset = _few(self._data, subset)
         self.scoring_data = self._subset if scoring_data is None else scoring_data
-        self._seen, self._task, self._canvas = None, None, None
+        self._seen = self._task = self._canvas = None
 
+        wide, wrap = ipywidgets.Layout(width="min(100%, 640px)"), ipywidgets.Layout(flex_flow="row wrap")
+        named = {"style": {"description_width": "76px"}}
         names = dict.fromkeys([*(_without_options() if choices is None else choices), criterion])
         options = [(name if isinstance(name, str) else getattr(name, "__name__", "custom"), name) for name in names]
-        _check("scope", scope, pruning.SCOPES)
-        weights = prunable_weights(model, exclude)
-        granularities = ["weight", "kernel", "filter"]
-        granularities += ["2:4"] if all(w.shape[1] % 4 == 0 for w in weights.values()) else []
-        granularities += [granularity] if ":" in granularity and granularity not in granularities else []
-        _check("granularity", granularity, granularities)
-
-        wide, style_ = ipywidgets.Layout(width="min(100%, 720px)"), {"description_width": "76px"}
         self.slider = ipywidgets.FloatSlider(
-            value=sparsity, min=0, max=1, step=0.005, readout_format=".1%", description="sparsity", layout=wide,
-            style=style_,
-        )  # fmt: skip
-        self.criterion = ipywidgets.Dropdown(options=options, value=criterion, description="criterion", style=style_)
-        self.scope = ipywidgets.Dropdown(options=pruning.SCOPES, value=scope, description="scope", style=style_)
+            sparsity, min=0, max=1, step=0.005, readout_format=".1%", description="sparsity", layout=wide, **named
+        )
+        self.criterion = ipywidgets.Dropdown(options=options, value=criterion, description="criterion", **named)
+        self.scope = ipywidgets.Dropdown(options=pruning.SCOPES, value=scope, description="scope", **named)
         self.granularity = ipywidgets.Dropdown(
-            options=granularities, value=granularity, description="granularity", style=style_
+            options=granularities, value=granularity, description="granularity", **named
         )
         self.button = ipywidgets.Button(description="Apply to the model", tooltip="Prune the model as shown")
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", max_width="1100px"))
         self.text = ipywidgets.HTML()
-        controls = (self.criterion, self.scope, self.granularity)
-        boxes = [ipywidgets.HBox(controls, layout=ipywidgets.Layout(flex_flow="row wrap"))]
-        boxes += [ipywidgets.HBox([self.slider, self.button], layout=ipywidgets.Layout(flex_flow="row wrap"))]
-        super().__init__([*boxes, self.text, self.image])
+        controls = [self.criterion, self.scope, self.granularity]
+        rows = [ipywidgets.HBox(row, layout=wrap) for row in (controls, [self.slider, self.button])]
+        super().__init__([*rows, self.text, self.image])
 
-        self._select()  # what is wrong with the arguments raises here; later it is told in the panel
+        self._select()  # what is wrong with the arguments raises here; from now on the panel tells it
         self._redraw()
         for control in (self.slider, *controls):
             control.observe(self._redraw, "value")
         self.button.on_click(lambda _: self.apply())
 
     def __repr__(self):
-        name = self.criterion.label
-        return f"sparsity_explorer({name}, {self.slider.value:g}, {self.scope.value}, {self.granularity.value})"
-
-    # --- What is chosen ----------------------------------------------------------------------------------------------
+        choice = f"{self.criterion.label}, {self.slider.value:g}, {self.scope.value}, {self.granularity.value}"
+        return f"sparsity_explorer({choice})"
 
     def apply(self) -> Masks:
         """Prune the model as shown and return its masks. Raises ValueError if the present choice is not possible."""
-        self._refresh()
         set_masks(self.model, self._select())
         self._redraw()
         return get_masks(self.model)
 
     def accuracy(self) -> float:
-        """The accuracy of the present choice on all of the data, a fraction; kept once it is known."""
+        """The accuracy of the present choice on all of the data, a fraction in [0, 1]; raises as `apply` does."""
+        self._select()
+        self._redraw()
         self._stop()
         for _ in self._evaluate():
             pass
         self._tell()
-        return self._accuracies[self._key][0]
+        return self._full[self._key][0]
+
+    def picture(self, save=None) -> Figure:
+        """The panel's picture as a pyplot figure; `save` is a path without suffix, as for the functions of `plots`."""
+        figure = self._draw(_axes(plt.figure(figsize=_SIZE)), self._style)
+        if save is not None:
+            for style, path in (("light", save), ("dark", f"{save}_dark.png")):
+                plots.save(self._draw(_axes(Figure(figsize=_SIZE)), style), path)
+        return figure
+
+    # --- Masks -------------------------------------------------------------------------------------------------------
 
     @property
     def _key(self):
-        sparsity = None if ":" in self.granularity.value else self.slider.value
-        return self.criterion.value, self.scope.value, self.granularity.value, sparsity
+        """The present choice, by which results are cached."""
+        fixed = ":" in self.granularity.value
+        return self.criterion.value, self.scope.value, self.granularity.value, None if fixed else self.slider.value
 
     def _select(self) -> Masks:
         """Find the masks of the present choice, as `prune` would, and put them on the twin."""
@@ -216,34 +244,224 @@ class SparsityExplorer(ipywidgets.VBox):
         self._refresh()
         criterion, scope, granularity, sparsity = self._key
         weights = prunable_weights(self.model, self._exclude)
+        pruning._check_not_transposed(self.model, weights, granularity)
         groups = pruning._groups(weights, sparsity, scope, granularity)
         for names, target in groups:
-            pruning._check_not_less(names, target, weights, self._present)
-        rankings, ties = self._ranked(criterion, scope, granularity, [names for names, _ in groups]), {}
-        masks = dict(self._present)
-        for ranking, (_, target) in zip(rankings, groups):
+            pruning._check_not_less(names, target, weights, self._present, granularity)
+        keep, ties = {}, {}
+        for ranking, (_, target) in zip(self._rankings(criterion, scope, granularity, groups), groups):
             going = ranking.cut(target)
+            keep |= ranking.masks(going)
             ties |= ranking.ties(going)
-            for name, mask in ranking.masks(going).items():
-                masks[name] = mask.to(weights[name].device).expand(weights[name].shape)
-                if granularity != "weight" and name in self._present:
-                    masks[name] = masks[name] & self._present[name]
-        self.ties = ties
-        self.masks = Masks({name: masks[name].contiguous() for name in prunable_weights(self.model) if name in masks})
+        masks = dict(self._present)
+        for name, mask in keep.items():
+            masks[name] = mask.to(weights[name].device).expand(weights[name].shape) & masks.get(name, _TRUE)
+        self.ties, self.masks = ties, Masks({name: masks[name] for name in self._positions})
+        with torch.no_grad():
+            sources = prunable_weights(self.model)
+            for name, held in _masked(self._twin).items():  # attach_masks would touch the optimizers of the model
+                held.weight.copy_(sources[name])
+                held.keep = self.masks[name]
+                held.apply()
         return self.masks
 
-    def _ranked(self, criterion, scope, granularity, groups):
-        """The rankings of the competing groups: sorted once, found in the cache from then on."""
-        key = criterion, granularity, scope == "global" and ":" not in granularity
-        if key not in self._rankings:
+    def _rankings(self, criterion, scope, granularity, groups) -> list:
+        """One ranking for each of the competing groups: sorted when first asked for."""
+        key = criterion, granularity, scope == "global"
+        if key not in self._ranked:
             if criterion not in self._scores:
                 options = {"loss_fn": self._loss_fn, "seed": self._seed, "exclude": self._exclude}
                 self._scores[criterion] = criteria.scores(self.model, criterion, self.scoring_data, **options)
-            scores = self._scores[criterion]
+                self._seen = self._state()  # scoring writes buffers back
+            parts = [{name: self._scores[criterion][name] for name in names} for names, _ in groups]
             if ":" in granularity:
-                chosen = select_n_of_m(scores, *n_of_m(granularity), self._present)
-                self._rankings[key] = [_Fixed(chosen)]
+                self._ranked[key] = [Blocks(select_n_of_m(part, *n_of_m(granularity), self._present)) for part in parts]
             else:
-                parts = [{name: scores[name] for name in names} for names in groups]
-                self._rankings[key] = [rank(part, granularity, self._present) for part in parts]
-        return self._rankings[key]
+                self._ranked[key] = [rank(part, granularity, self._present) for part in parts]
+        return self._ranked[key]
+
+    def _state(self):
+        """What changes when anything writes to the model: a training step, an apply, a move to another device."""
+        tensors = self.model.state_dict(keep_vars=True).values()
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors], list(_masked(self.model).values())
+
+    def _refresh(self):
+        """Start anew if the model is no longer what the panel has seen: other weights have other scores."""
+        if self._seen is not None and self._seen == self._state():
+            return
+        weights = prunable_weights(self.model, self._exclude)
+        self._present = get_masks(self.model)
+        self._scores, self._ranked, self._full, self._quick = {}, {}, {}, {}
+        self._twin = make_permanent(copy.deepcopy(self.model))
+        names = [name for name in prunable_weights(self.model) if name in weights or name in self._present]
+        attach_masks(self._twin, {n: torch.zeros_like(w, dtype=torch.bool) for n, w in self._named(names).items()})
+        # All costs are linear in the weights kept, so they are counted once, with none kept.
+        self._empty = cost(self._twin, self._subset[0])
+        table = cost_table(self._twin, self._subset[0]).set_index("layer")
+        products = (table["macs"] - table["sparse_macs"]) // layer_table(self._twin).set_index("layer")["total"]
+        self._positions = {name: int(products[layer_name(name)]) for name in names}
+        self._before = accuracy(self.model, self._subset)
+        self._seen = self._state()
+        total = sum(weight.numel() for weight in weights.values())
+        pruned = sum(int((~mask).count_nonzero()) for name, mask in self._present.items() if name in weights)
+        self.slider.min = pruned / total
+
+    def _named(self, names) -> dict[str, torch.Tensor]:
+        weights = prunable_weights(self.model)
+        return {name: weights[name] for name in names}
+
+    # --- What is shown -----------------------------------------------------------------------------------------------
+
+    def _redraw(self, _change=None):
+        self._stop()
+        self.slider.disabled = ":" in self.granularity.value
+        try:
+            self._select()
+            if self._key not in self._quick:
+                self._quick[self._key] = accuracy(self._twin, self._subset)
+            self._canvas = self._canvas or _axes(Figure(figsize=_SIZE))
+            figure, png = self._draw(self._canvas, self._style), io.BytesIO()
+            figure.savefig(png, dpi=_DPI, facecolor=figure.get_facecolor(), pil_kwargs={"compress_level": 1})
+        except Exception as error:  # raised in a callback it would go to a log that nobody reads
+            self.masks, self.button.disabled = None, True
+            self.text.value = _line(f"{type(error).__name__}: {error}", _ALARM)
+            return
+        self.button.disabled = False
+        self._tell()
+        self.image.value = png.getvalue()
+        try:
+            self._task = asyncio.get_running_loop().create_task(self._finish())
+        except RuntimeError:
+            pass  # no kernel, nobody to wait for: `accuracy` evaluates when asked
+
+    def _draw(self, axes, style) -> Figure:
+        left, right = axes
+        for artist in [a for ax in axes for a in (*ax.collections, *ax.texts, *ax.patches, *ax.lines)]:
+            artist.remove()
+        table = layer_table(self._twin)
+        left.set_position(_LEFT)
+        plots.layer_histograms(self._twin, self._named(prunable_weights(self.model)), ax=left, style=style)
+        # room for the names of the layers at the right of the one picture and at the left of the other
+        shown = table.assign(layer=[name if len(name) <= 16 else "…" + name[-15:] for name in table["layer"]])
+        longest = max(map(len, shown["layer"]))
+        left.set_position((-0.0025 * longest, *_LEFT[1:]))
+        start = 0.62 + 0.0085 * longest
+        right.set_position((start, 0.17, 0.985 - start, 0.70))
+        plots.layer_bars(shown, ax=right, style=style)
+        right.set_xlim(0, 1.12)  # the same for all choices: bars are to move, not the axis
+        if self.ties:
+            rows = [row for row, layer in enumerate(table["layer"]) if layer in set(map(layer_name, self.ties))]
+            right.barh(rows, 1, height=0.72, color="none", edgecolor=_TIE, hatch="...", linewidth=1.2)
+            note = f"dotted: {sum(self.ties.values()):,} scores tie at the cut"
+            look = {"color": _TIE, "fontsize": 8.5, "ha": "right", "transform": right.transAxes}
+            right.text(1, -0.21, note, **look)
+        return left.figure
+
+    def _tell(self):
+        kept, total = self.masks.kept, self.masks.total
+        key, empty = self._key, self._empty
+        if key in self._full:
+            (reached, n), (before, _) = self._full[key], self._full[None]
+            where = f"all {n:,} images"
+        else:
+            reached, before, where = self._quick[key], self._before, f"{len(self._subset[1]):,} images"
+        counts = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        macs = empty.sparse_macs + sum(n * self._positions[name] for name, n in counts.items())
+        sizes = {name: weight.element_size() for name, weight in self._named(counts).items()}
+        size = empty.sparse_bytes + sum(n * sizes[name] for name, n in counts.items())
+        lines = [
+            f"<b>{1 - kept / total:.2%} pruned</b>: {kept:,} of {total:,} weights kept",
+            f"<b>accuracy {reached:.1%}</b> on {where} (before: {before:.1%})",
+            f"<b>FLOPs {_si(2 * macs)}</b> of {_si(2 * empty.macs)} ({macs / empty.macs:.1%}) &nbsp; "
+            f"<b>on disk {_si(size)}B</b> of {_si(empty.bytes)}B",
+        ]
+        collapsed = [layer_name(name) for name, n in counts.items() if not n]
+        if collapsed:
+            lines.append(_line(f"collapsed, no weight is left: {', '.join(collapsed)}", _ALARM))
+        if self.ties:
+            layers = ", ".join(f"{layer_name(name)}: {n:,}" for name, n in self.ties.items())
+            text = f"{sum(self.ties.values()):,} weights tie at the cut, where position decides ({layers})"
+            lines.append(_line(text, _TIE))
+        self.text.value = "<br>".join(lines)
+
+    # --- Accuracy on all of the data ---------------------------------------------------------------------------------
+
+    def _evaluate(self) -> Iterator[None]:
+        """Measure the model before and as chosen, a piece of the data at a time."""
+        for key, model in ((None, self.model), (self._key, self._twin)):
+            hits = n = 0
+            for inputs, targets in _pieces(self._data) if key not in self._full else ():
+                hits += round(accuracy(model, (inputs, targets)) * len(targets))
+                n += len(targets)
+                yield
+            if n:
+                self._full[key] = hits / n, n
+
+    async def _finish(self):
+        """Once the choice stands, evaluate it in full between the messages that the kernel handles."""
+        await asyncio.sleep(_PAUSE)
+        for _ in self._evaluate():
+            await asyncio.sleep(0)
+            if self._seen != self._state():
+                return
+        self._tell()
+
+    def _stop(self):
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+
+def _axes(figure):
+    return figure.add_axes(_LEFT, projection="3d"), figure.add_axes((0.7, 0.17, 0.285, 0.70))
+
+
+def _without_options() -> list[str]:
+    """The criteria that need nothing but a model and data."""
+    names = []
+    for name, function in criteria._CRITERIA.items():
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        needed = {p.name for p in parameters if p.default is p.empty}
+        if needed <= {"data", "loss_fn", "seed"}:
+            names.append(name)
+    return names
+
+
+def _few(data, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most `n` samples of `data` as one pair: drawn from an image set, evenly spaced in a pair, else the first."""
+    if n < 1:
+        raise ValueError(f"subset must be at least 1, not {n!r}")
+    if hasattr(data, "batch"):
+        return data.batch(min(n, len(data)))
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(part) for part in data):
+        inputs, targets = data
+        places = torch.arange(min(n, len(targets))) * len(targets) // min(n, len(targets))
+        return inputs[places.to(inputs.device)], targets[places.to(targets.device)]
+    parts, seen = [], 0
+    for part in batches(data):
+        parts.append(part)
+        seen += len(part[1])
+        if seen >= n:
+            break
+    if not seen:
+        raise ValueError("data holds no sample")
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*parts))
+    return inputs[:n], targets[:n]
+
+
+def _pieces(data):
+    for inputs, targets in batches(data):
+        yield from zip(inputs.split(_BATCH), targets.split(_BATCH))
+
+
+def _line(text: str, color: str) -> str:
+    return f'<b style="color: {color}">▲ {html.escape(text)}</b>'
+
+
+def _si(number: float) -> str:
+    """A number with three digits and a prefix: 1.07 M."""
+    prefixes = ["", "k", "M", "G"]
+    while number >= 999.5 and len(prefixes) > 1:
+        number /= 1000
+        prefixes.pop(0)
+    return f"{number:.3g} {prefixes[0]}"
