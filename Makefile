@@ -1,6 +1,8 @@
 # make run · make test · make lab      (PYTHON=/path/to/python3.12 make run takes that Python for a new .venv)
 
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do command -v $$p && break; done)
+# The first Python that runs and is new enough.
+PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
 # Idle OpenMP threads that wait busily can slow two processes down a hundredfold: one thread each.
@@ -33,8 +35,8 @@ clean:
 	rm -rf .venv build
 
 .venv/installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "pruneutils needs Python 3.11 or newer; no Python was found" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"pruneutils needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=/path/to/python3.11")'
+	@test -n "$(PYTHON)" || { echo "pruneutils needs Python 3.11 or newer; here is $$(python3 --version 2>&1 || echo no Python)." \
+		"Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
