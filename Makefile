@@ -35,8 +35,7 @@ clean:
 	rm -rf .venv build
 
 .venv/installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "pruneutils needs Python 3.11 or newer; here is $$(python3 --version 2>&1 || echo no Python)." \
-		"Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(or $(PYTHON),python3)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("pruneutils needs Python 3.11 or newer, and %s is %d.%d; name another: make PYTHON=/path/to/python3.11" % ((sys.executable,) + sys.version_info[:2]))'
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
