@@ -1,20 +1,14 @@
 """Experiments: a grid times seeds becomes one tidy table, resumable, on one core or a cluster.
 
-A store is a folder with one small JSON file for each finished run, named by the hash of its config. Whoever does a run
-holds a lock on `.claims/<hash>` meanwhile, which the kernel releases however that process ends: sweeps that share a
-store share the work, and no claim goes stale. On a network file system this needs locks that hold across machines
-(NFSv4 has them). Workers that do not see the folder hand their records back to the sweep, which writes them.
+What is kept of a run, and how sweeps that share a store share the work, is in `store`.
 """
 
-import functools
-import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
 import platform
-import subprocess
 import tempfile
 import time
 import traceback
@@ -22,16 +16,16 @@ import warnings
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import filelock
-import numpy as np
 import pandas as pd
 import torch
 from joblib import cpu_count
 from joblib.externals.loky import get_reusable_executor
 from tqdm.auto import tqdm
+
+from .store import check_store, claim, claimed, code_version, git_commit, key_of, plain, read, rows_of, versions, write
 
 _FACTS = ("error", "seconds", "time", "device", "threads", "code", "commit", "python", "torch", "numpy", "pruneutils")
 BOOKKEEPING = tuple(f"run_{fact}" for fact in _FACTS)
@@ -61,20 +55,20 @@ def sweep(
     """
     configs = _configs(run, grid)
     store = None if store is None else Path(store).resolve()
-    records = {key: record for key in configs if store and (record := _read(store, key))}
+    records = {key: record for key in configs if store and (record := read(store, key))}
     again = ("failed",) if retry_failed else ()
     # What is to do, with the failed record that it replaces, if any.
     todo = {key: records.get(key) for key in configs if key not in records or records[key]["status"] in again}
     if todo and store:
-        _check_store(store, len(todo))
+        check_store(store, len(todo))
     deadline = math.inf if budget_seconds is None else time.time() + budget_seconds
-    job = _Job(run, store, deadline, threads, _code_version(run), _git_commit())
+    job = _Job(run, store, deadline, threads, code_version(run), git_commit())
 
     switch = {} if progress else {"disable": True}  # absent, so that TQDM_DISABLE decides
     done, title = len(configs) - len(todo), store.name if store else "sweep"
     with tqdm(total=len(configs), initial=done, desc=title, **switch) as bar:
         while todo:
-            ready = [key for key in todo if not _claimed(store, key)]
+            ready = [key for key in todo if not claimed(store, key)]
             if not ready and time.time() < deadline:
                 time.sleep(_POLL_SECONDS)  # all that is left is under way in other sweeps
                 continue
@@ -87,7 +81,7 @@ def sweep(
                         records[key] = old or record
                         continue
                     if not record.pop("written", True):
-                        _write(store, key, record)
+                        write(store, key, record)
                     records[key] = record
                     bar.update()
     _warn(configs, records, job)
@@ -96,7 +90,7 @@ def sweep(
 
 def load(store) -> pd.DataFrame:
     """Every run recorded in a store, as `sweep` returns it, in the order of their start; ValueError without any."""
-    records = {path.stem: _read(path.parent, path.stem) for path in sorted(Path(store).glob("*.json"))}
+    records = {path.stem: read(path.parent, path.stem) for path in sorted(Path(store).glob("*.json"))}
     if not records:
         raise ValueError(f"no recorded runs in {store}")
     records = dict(sorted(records.items(), key=lambda item: item[1]["time"]))
@@ -147,14 +141,14 @@ def _configs(run, grid):
     for name in dict.fromkeys(itertools.chain(*grid)):
         if not isinstance(name, str) or name in reserved:
             raise ValueError(f"grid key {name!r} must be a string other than {', '.join(reserved)}")
-    configs = [{name: _plain(value, f"grid key {name!r}") for name, value in config.items()} for config in grid]
+    configs = [{name: plain(value, f"grid key {name!r}") for name, value in config.items()} for config in grid]
     signature = inspect.signature(run)
     for config in configs:
         try:
             signature.bind(**config)
         except TypeError as error:
             raise TypeError(f"run{signature} does not take the config {config}: {error}") from None
-    return {_key(config): config for config in configs}
+    return {key_of(config): config for config in configs}
 
 
 def _axis(name, values):
@@ -164,34 +158,6 @@ def _axis(name, values):
     if not values:
         raise ValueError(f"grid key {name!r} has no values")
     return values
-
-
-def _plain(value, where, finite=True):
-    """The value in JSON's types; numpy scalars and 0-d tensors become Python numbers, tuples lists."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and finite and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}: only finite numbers name a run")
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, where, finite) for item in value]
-    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        return {name: _plain(item, f"{where}[{name!r}]", finite) for name, item in value.items()}
-    raise TypeError(
-        f"{where} is {value!r} of type {type(value).__name__}: possible are numbers, strings, booleans, None, "
-        "and lists or dicts (with string keys) of these"
-    )
-
-
-def _key(config):
-    """The name of a config: the same for configs that Python calls equal (1 and 1.0), whatever the order of keys."""
-
-    def number(text):
-        return int(float(text)) if float(text).is_integer() else float(text)
-
-    canonical = json.dumps(json.loads(json.dumps(config), parse_float=number), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
 # ---------------------------------------------------------------- one run
@@ -241,26 +207,21 @@ def _attempt(job, key, config, old, _nonce=None):
         return {"status": "missing"}
     if job.store is None or not job.store.is_dir():
         return _record(job, config) | {"written": job.store is None}
-    claim = filelock.FileLock(job.store / ".claims" / key)
-    try:
-        claim.acquire(blocking=False)
-    except filelock.Timeout:
-        return {"status": "claimed"}
-    try:
-        current = _read(job.store, key)
+    with claim(job.store, key) as lock:
+        if lock is None:
+            return {"status": "claimed"}
+        current = read(job.store, key)
         if current != old:
             return current
         record = _record(job, config)
         try:
-            _write(job.store, key, record)
+            write(job.store, key, record)
         except OSError:
             return record | {"written": False}
         # Safe to remove: whoever opened the file before this sees the record once it gets the lock.
         with suppress(OSError):
-            os.unlink(claim.lock_file)
+            os.unlink(lock.lock_file)
         return record
-    finally:
-        claim.release()
 
 
 def _record(job, config):
@@ -271,7 +232,7 @@ def _record(job, config):
     try:
         if threads != before:
             torch.set_num_threads(threads)
-        outcome |= {"status": "done", "metrics": _rows(job.run(**config))}
+        outcome |= {"status": "done", "metrics": rows_of(job.run(**config))}
     except Exception as error:
         outcome |= {
             "status": "failed",
@@ -288,120 +249,9 @@ def _record(job, config):
         "threads": threads,
         "code": job.code,
         "commit": job.commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pruneutils": _package_version(),
+        **versions(),
     }
     return json.loads(json.dumps({"config": config, **outcome, **facts}))
-
-
-def _rows(metrics):
-    if isinstance(metrics, pd.DataFrame):
-        metrics = metrics.to_dict("records")
-    rows = [metrics] if isinstance(metrics, dict) else metrics
-    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
-        raise TypeError(f"run must return a dict of metrics, a list of them, or a DataFrame; got {metrics!r}")
-    return [{str(name): _plain(value, f"metric {name!r}", finite=False) for name, value in row.items()} for row in rows]
-
-
-# ---------------------------------------------------------------- provenance
-
-
-_package_version = functools.cache(lambda: version("pruneutils"))
-
-
-def _git_commit():
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _code_version(run):
-    """Hash of what `run` does, as far as its own module or notebook says: sources and constants; "unknown" without."""
-    parts, seen, queue = [], set(), [run]
-    while queue:
-        thing = queue.pop()
-        if isinstance(thing, functools.partial):
-            parts.append(json.dumps([thing.args, thing.keywords], sort_keys=True, default=lambda x: type(x).__name__))
-            thing = thing.func
-        thing = inspect.unwrap(thing)
-        if not (inspect.isroutine(thing) or inspect.isclass(thing)):
-            thing = type(thing)
-        if thing in seen:
-            continue
-        seen.add(thing)
-        try:
-            parts.append(inspect.getsource(thing))
-            reached = inspect.getclosurevars(thing) if inspect.isroutine(thing) else None
-        except (OSError, TypeError, ValueError):
-            return "unknown"
-        for name, value in sorted({**reached.globals, **reached.nonlocals}.items()) if reached else ():
-            if inspect.isfunction(value) or inspect.isclass(value):
-                queue += [value] if value.__module__ == thing.__module__ else []
-            else:
-                with suppress(TypeError, ValueError):  # what JSON cannot say is not a constant
-                    parts.append(f"{name}={json.dumps(value, sort_keys=True)}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-# ---------------------------------------------------------------- the store
-
-
-def _check_store(store, runs):
-    """Make the folder and write, then remove, as much as the records will need."""
-    probe = store / f".probe-{os.getpid()}"
-    try:
-        (store / ".claims").mkdir(parents=True, exist_ok=True)
-        try:
-            with open(probe, "wb") as file:
-                file.write(bytes(4096 * runs))
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {runs} records into the store {store} ({error.strerror}); nothing was run"
-        ) from error
-
-
-def _claimed(store, key):
-    path = store / ".claims" / key if store else None
-    if path is None or not path.exists():
-        return False
-    try:
-        with filelock.FileLock(path).acquire(blocking=False):
-            return False
-    except filelock.Timeout:
-        return True
-
-
-def _read(store, key):
-    path = store / f"{key}.json"
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a record ({error}); remove it to run its config again") from None
-
-
-def _write(store, key, record):
-    path, temporary = store / f"{key}.json", store / f".{key}.tmp"
-    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
-    try:
-        with open(temporary, "w") as file:
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        told = f"cannot write into the store {store} any more ({error.strerror}), so the sweep stops; not recorded: "
-        raise OSError(error.errno, f"{told}{record['config']} gave {record['metrics'] or record['error']}") from error
 
 
 # ---------------------------------------------------------------- the table

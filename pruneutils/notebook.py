@@ -39,6 +39,14 @@ def store(name: str) -> Path | None:
     return None if size() == "quick" else Path("../results") / f"{name}_{size()}"
 
 
+def recorded(name: str) -> dict:
+    """The runs of a notebook's larger sizes that results/ holds, {size: DataFrame as from experiments.load}."""
+    from .experiments import load
+
+    folders = {size: Path("../results") / f"{name}_{size}" for size in SIZES[1:]}
+    return {size: load(folder) for size, folder in folders.items() if any(folder.glob("*.json"))}
+
+
 def code_hash(notebook) -> str:
     """The hash of a notebook's code cells (a dict as from JSON), kept in it to tell outputs of older code."""
     cells = [source_of(cell) for cell in notebook["cells"] if cell["cell_type"] == "code"]

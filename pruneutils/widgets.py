@@ -196,8 +196,7 @@ class SparsityExplorer(ipywidgets.VBox):
         rows = [ipywidgets.HBox(row, layout=wrap) for row in (controls, [self.slider, self.button])]
         super().__init__([*rows, self.text, self.image])
 
-        self._select()  # what is wrong with the arguments raises here; from now on the panel tells it
-        self._redraw()
+        self._show()  # what is wrong with the arguments raises here; from now on the panel tells it
         for control in (self.slider, *controls):
             control.observe(self._redraw, "value")
         self.button.on_click(lambda _: self.apply())
@@ -209,13 +208,12 @@ class SparsityExplorer(ipywidgets.VBox):
     def apply(self) -> Masks:
         """Prune the model as shown and return its masks. Raises ValueError if the present choice is not possible."""
         set_masks(self.model, self._select())
-        self._redraw()
+        self._show()
         return get_masks(self.model)
 
     def accuracy(self) -> float:
         """The accuracy of the present choice on all of the data, a fraction in [0, 1]; raises as `apply` does."""
-        self._select()
-        self._redraw()
+        self._show()
         self._stop()
         for _ in self._evaluate():
             pass
@@ -313,20 +311,22 @@ class SparsityExplorer(ipywidgets.VBox):
     # --- What is shown -----------------------------------------------------------------------------------------------
 
     def _redraw(self, _change=None):
+        try:
+            self._show()
+        except Exception as error:  # raised in a callback it would go to a log that nobody reads
+            self.masks = None
+            self.text.value = _line(f"{type(error).__name__}: {error}", _ALARM)
+        self.button.disabled = self.masks is None
+
+    def _show(self):
         self._stop()
         self.slider.disabled = ":" in self.granularity.value
-        try:
-            self._select()
-            if self._key not in self._quick:
-                self._quick[self._key] = accuracy(self._twin, self._subset)
-            self._canvas = self._canvas or _axes(Figure(figsize=_SIZE))
-            figure, png = self._draw(self._canvas, self._style), io.BytesIO()
-            figure.savefig(png, dpi=_DPI, facecolor=figure.get_facecolor(), pil_kwargs={"compress_level": 1})
-        except Exception as error:  # raised in a callback it would go to a log that nobody reads
-            self.masks, self.button.disabled = None, True
-            self.text.value = _line(f"{type(error).__name__}: {error}", _ALARM)
-            return
-        self.button.disabled = False
+        self._select()
+        if self._key not in self._quick:
+            self._quick[self._key] = accuracy(self._twin, self._subset)
+        self._canvas = self._canvas or _axes(Figure(figsize=_SIZE))
+        figure, png = self._draw(self._canvas, self._style), io.BytesIO()
+        figure.savefig(png, dpi=_DPI, facecolor=figure.get_facecolor(), pil_kwargs={"compress_level": 1})
         self._tell()
         self.image.value = png.getvalue()
         try:

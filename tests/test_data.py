@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pruneutils import _torchvision, data
+from pruneutils import _torchvision, data, datasets
 
 TEN = [f"class {number}" for number in range(10)]
 
@@ -35,7 +35,7 @@ def pixels(*shape, seed=0):
 
 
 def cached_files():
-    folder = data._cache_folder()
+    folder = datasets._cache_folder()
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
@@ -95,7 +95,7 @@ def test_digits_are_split_evenly_and_for_good(digits):
 
 def test_digits_come_from_the_cache_the_second_time(digits, monkeypatch):
     data.load("digits")
-    monkeypatch.setattr(data, "_read_digits", lambda: pytest.fail("read again"))
+    monkeypatch.setattr(datasets, "read_digits", lambda: pytest.fail("read again"))
     again = data.load("digits")
     assert all(torch.equal(a.images, b.images) for a, b in zip(digits, again, strict=True))
     assert not again[0].augment and not again[0].flip
@@ -480,7 +480,7 @@ def test_cache_follows_the_files(tmp_path, monkeypatch):
     data.load("mnist", root)
     (cache,) = cached_files()
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_read_idx", lambda *_: pytest.fail("read again"))
+        patch.setattr(datasets, "_read_idx", lambda *_: pytest.fail("read again"))
         data.load("mnist", root)
     write_idx(root / "MNIST/raw/train-images-idx3-ubyte", np.full((20, 28, 28), 7, np.uint8))
     assert (data.load("mnist", root)[0].images == 7).all()
@@ -499,7 +499,7 @@ def test_broken_cache_is_rebuilt(tmp_path, monkeypatch, damage):
     cache.unlink()  # the loaded tensors still map the old file
     cache.write_bytes(damaged)
     assert torch.equal(data.load("mnist", root)[0].images, expected)
-    monkeypatch.setattr(data, "_read_idx", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(datasets, "_read_idx", lambda *_: pytest.fail("read again"))
     assert torch.equal(data.load("mnist", root)[0].images, expected)
 
 
@@ -515,7 +515,7 @@ def test_no_part_is_left_where_writing_fails(tmp_path, monkeypatch):
     def save(tensors, path, metadata):
         raise OSError("disk full")
 
-    monkeypatch.setattr(data, "save_file", save)
+    monkeypatch.setattr(datasets, "save_file", save)
     with pytest.warns(UserWarning, match="disk full"):
         data.load("mnist", write_mnist(tmp_path))
     assert cached_files() == []

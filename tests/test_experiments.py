@@ -20,6 +20,7 @@ import torch
 
 from pruneutils import experiments
 from pruneutils.experiments import BOOKKEEPING, load, processes, sweep
+from pruneutils.store import code_version
 
 GRID = {"method": ["a", "b"], "sparsity": [0.5, 0.9], "seed": range(3)}
 SCALE = 3
@@ -203,7 +204,7 @@ def test_code_version_sees_helpers_constants_and_partials():
     def outer(x):
         return helper(x)
 
-    version = experiments._code_version
+    version = code_version
     first = version(outer)
     assert first == version(outer) != version(helper)
 

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure  # noqa: E402
 from scipy import stats  # noqa: E402
 from torch import nn  # noqa: E402
 
-from pruneutils import plots  # noqa: E402
+from pruneutils import plots, plots_weights  # noqa: E402
 from pruneutils.model_utils import layer_table, make_permanent, prunable_weights, set_masks  # noqa: E402
+from pruneutils.style import percent  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +164,7 @@ def test_colours_do_not_depend_on_the_order_or_the_company_of_known_methods():
     [(0, "0 %"), (1e-6, "<0.1 %"), (0.012, "1.2 %"), (0.5, "50 %"), (0.9999, ">99.9 %"), (1, "100 %")],
 )  # fmt: skip
 def test_only_nothing_is_zero_percent_and_only_all_is_a_hundred(fraction, text):
-    assert plots._percent(fraction) == text
+    assert percent(fraction) == text
 
 
 # --- Layer histograms ------------------------------------------------------------------------------------------------
@@ -194,13 +195,13 @@ def test_counts_are_numpys_on_the_weights_that_the_mask_keeps(seed, density, bin
 @pytest.fixture
 def ridges(monkeypatch):
     """(vertices (n, 3), zorder) of each 3D ridge drawn: a collection does not give its vertices back unpadded."""
-    drawn, kind = [], plots.Poly3DCollection
+    drawn, kind = [], plots_weights.Poly3DCollection
 
     def record(outlines, **look):
         drawn.append((np.concatenate(outlines), look["zorder"]))
         return kind(outlines, **look)
 
-    monkeypatch.setattr(plots, "Poly3DCollection", record)
+    monkeypatch.setattr(plots_weights, "Poly3DCollection", record)
     return drawn
 
 
@@ -337,6 +338,29 @@ def test_error_bars_are_the_interval_that_the_legend_names(interval):
         assert np.allclose(np.column_stack([low, high]), ends)
     title = ax.get_legend().get_title().get_text()
     assert "n = 4 seeds" in title and ("t-interval" if interval == "t" else "smallest") in title
+
+
+def test_several_curves_are_drawn_side_by_side_a_few_points_apart():
+    figure = Figure(dpi=144)  # two pixels a point
+    ax = plots.accuracy_vs_sparsity(runs(("magnitude", "snip", "random")), ax=figure.add_subplot())
+    ax.figure.draw_without_rendering()
+    exact = ax.transData.transform([(s, 0.8) for s in (0.5, 0.9, 0.98)])[:, 0]
+    shifts = []
+    for bars in ax.containers:
+        means = bars.lines[0].get_transform().transform(bars.lines[0].get_xydata())[:, 0]
+        caps = [cap.get_transform().transform(cap.get_xydata())[:, 0] for cap in bars.lines[1]]
+        (sticks,) = bars.lines[2]
+        sticks = sticks.get_transform().transform([segment[0] for segment in sticks.get_segments()])[:, 0]
+        assert len(caps) == 2 and np.allclose([*caps, sticks], means)
+        shifts.append((means - exact) / 2)
+    assert np.allclose(shifts, np.array([[-5], [0], [5]]) * np.ones(3))
+    low, high = plots.spread(ax.get_xlim())  # the limits are those of the exact places, the margins alike
+    assert np.isclose(plots.spread(0.5) - low, high - plots.spread(0.98))
+
+
+def test_a_single_curve_is_drawn_where_it_is():
+    (bars,) = plots.accuracy_vs_sparsity(runs(("snip",))).containers
+    assert all(artist.get_transform() == bars.lines[0].axes.transData for artist in bars.get_children())
 
 
 def test_a_single_run_has_no_interval_and_says_so():

@@ -1,0 +1,314 @@
+"""The explorer shows what `prune` would do, to the bit, and leaves the model alone until it is told to apply."""
+
+import asyncio
+import copy
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from matplotlib import pyplot as plt
+from PIL import Image
+from torch import nn
+
+import pruneutils as pu
+from pruneutils import widgets
+from pruneutils.costs import cost
+from pruneutils.widgets import SparsityExplorer, sparsity_explorer
+
+DATA = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+
+
+def network(seed=0, batch_norm=True):
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(4) if batch_norm else nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
+    )
+
+
+def everything(model):
+    """All that an explorer must not touch."""
+    values = [tensor.clone() for tensor in model.state_dict().values()]
+    return values, [module.training for module in model.modules()], [p.grad for p in model.parameters()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True)) and one[1:] == other[1:]
+
+
+def pruned(model, panel, **options):
+    """What `prune` makes of the panel's choice: the masks, and whether it warns of ties."""
+    model, fixed = copy.deepcopy(model), ":" in panel.granularity.value
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        masks = pu.prune(
+            model, panel.criterion.value, None if fixed else panel.slider.value, panel.scope.value,
+            panel.granularity.value, data=panel.scoring_data, **options,
+        )  # fmt: skip
+    return masks, [str(w.message) for w in caught if w.category is pu.TiedScoresWarning], model
+
+
+def equal(masks, others):
+    return list(masks) == list(others) and all(torch.equal(masks[name], others[name]) for name in masks)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(SparsityExplorer, "_show", lambda self: self._select())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 3),
+    levels=st.sampled_from([1, 2, 5, 1000]),
+    criterion=st.sampled_from(["magnitude", "snip", "random"]),
+    scope=st.sampled_from(["global", "layer", "erk"]),
+    granularity=st.sampled_from(["weight", "kernel", "filter"]),
+    start=st.sampled_from([0.0, 0.37]),
+    sparsities=st.lists(st.floats(0.5, 1.0), min_size=1, max_size=4),
+    double=st.booleans(),
+)
+def test_masks_are_those_of_prune_ties_included(
+    undrawn, seed, levels, criterion, scope, granularity, start, sparsities, double
+):
+    model = network(seed)
+    model = model.double() if double else model
+    data = (DATA[0].double(), DATA[1]) if double else DATA
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_((weight * levels).round() / levels if levels < 1000 else weight)
+    if start:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pu.prune(model, "random", start, scope)
+    before = everything(model)
+    panel = sparsity_explorer(model, data, criterion=criterion, scope=scope, granularity=granularity, sparsity=0.5)
+    for sparsity in sparsities:
+        panel.slider.value = sparsity
+        masks, tied, twin = pruned(model, panel)
+        assert equal(panel.masks, masks)
+        assert bool(panel.ties) == bool(tied)
+        if tied:
+            assert f"{sum(panel.ties.values()):,} weights tie" in tied[0]
+        assert all(torch.equal(a, b) for a, b in zip(panel._twin.parameters(), twin.parameters(), strict=True))
+    assert same(everything(model), before)
+
+
+def test_two_of_four_has_no_slider():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 3))
+    panel = sparsity_explorer(model, DATA, granularity="2:4")
+    assert panel.slider.disabled and equal(panel.masks, pruned(model, panel)[0])
+    panel.granularity.value = "weight"
+    assert not panel.slider.disabled
+    with pytest.raises(ValueError, match="inputs in multiples of 4"):
+        sparsity_explorer(network(), DATA, granularity="2:4")
+
+
+def test_excluded_layers_stay(undrawn):
+    model = network()
+    pu.prune(model, sparsity={"0": 0.5})
+    panel = sparsity_explorer(model, DATA, exclude=["0"], sparsity=0.7)
+    assert equal(panel.masks, pruned(model, panel, exclude=["0"])[0])
+
+
+def test_a_move_is_a_threshold_and_not_a_sort(undrawn, monkeypatch):
+    calls = []
+    for module, name in ((widgets, "rank"), (widgets.criteria, "scores"), (torch, "sort"), (torch.Tensor, "sort")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k))
+    panel = sparsity_explorer(network(), DATA, criterion="snip")
+    assert calls == ["scores", "rank", "sort"]
+    for sparsity in (0.9, 0.2, 0.7):
+        panel.slider.value = sparsity
+    assert len(calls) == 3
+    panel.scope.value = "layer"
+    assert calls[3:] == ["rank", "sort"] * 3
+    panel.scope.value = "erk"
+    panel.slider.value = 0.8
+    panel.scope.value = "global"
+    assert len(calls) == 9
+
+
+def test_moving_the_slider_redraws_picture_and_numbers():
+    model = network()
+    before = everything(model)
+    panel = sparsity_explorer(model, DATA)
+    seen = set()
+    for sparsity in (0.5, 0.9, 0.95):
+        panel.slider.value = sparsity
+        _, _, twin = pruned(model, panel)
+        counted, price = pu.count(twin), cost(twin, DATA[0])
+        assert f"<b>{counted.sparsity:.2%} pruned</b>: {counted.kept:,} of {counted.total:,}" in panel.text.value
+        assert f"<b>accuracy {pu.accuracy(twin, DATA):.1%}</b> on 40 images" in panel.text.value
+        assert f"FLOPs {widgets._si(2 * price.sparse_macs)}</b> of {widgets._si(2 * price.macs)}" in panel.text.value
+        assert f"on disk {widgets._si(price.sparse_bytes)}B" in panel.text.value
+        pixels = np.asarray(Image.open(io.BytesIO(panel.image.value)))
+        assert pixels.std() > 10
+        seen.add(pixels.tobytes())
+    assert len(seen) == 3
+    assert same(everything(model), before)
+    assert pu.get_masks(model) == {}
+    assert repr(panel) == "sparsity_explorer(magnitude, 0.95, global, weight)"
+
+
+def test_accuracy_on_a_subset_first_then_in_full_and_kept(monkeypatch):
+    model, evaluated = network(), []
+    function = widgets.accuracy
+    monkeypatch.setattr(widgets, "accuracy", lambda m, data: evaluated.append(len(data[1])) or function(m, data))
+    panel = sparsity_explorer(model, DATA, subset=10)
+    assert evaluated == [10, 10]  # before, and as chosen
+    assert "on 10 images" in panel.text.value
+    assert panel.accuracy() == pu.accuracy(pruned(model, panel)[2], DATA)
+    assert evaluated == [10, 10, 40, 40] and "on all 40 images" in panel.text.value
+    panel.slider.value = 0.8
+    panel.slider.value = 0.5
+    panel.accuracy()
+    assert evaluated == [10, 10, 40, 40, 10]
+    assert "on all 40 images" in panel.text.value
+
+
+def test_the_full_accuracy_comes_by_itself_where_an_event_loop_runs(monkeypatch):
+    monkeypatch.setattr(widgets, "_PAUSE", 0.0)
+    model = network()
+
+    async def session():
+        panel = sparsity_explorer(model, DATA, subset=10)
+        panel.slider.value = 0.7
+        panel.slider.value = 0.8
+        assert "on 10 images" in panel.text.value
+        await asyncio.wait_for(panel._task, 30)
+        return panel
+
+    panel = asyncio.run(session())
+    reached = pu.accuracy(pruned(model, panel)[2], DATA)
+    assert f"accuracy {reached:.1%}</b> on all 40 images" in panel.text.value
+    assert set(panel._full) == {None, ("magnitude", "global", "weight", 0.8)}  # 0.7 did not stand
+
+
+def test_apply_prunes_the_model_and_the_slider_cannot_go_back():
+    model = network()
+    panel = sparsity_explorer(model, DATA, sparsity=0.8, scope="layer")
+    masks, _, twin = pruned(model, panel)
+    panel.button.click()
+    assert equal(pu.get_masks(model), masks)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert panel.slider.min == pytest.approx(pu.count(model).sparsity)
+    panel.slider.value = 0.1
+    assert panel.slider.value == panel.slider.min
+    panel.slider.value = 0.9
+    assert equal(panel.apply(), panel.masks) and pu.count(model).sparsity == pytest.approx(0.9, abs=0.01)
+
+
+def test_training_in_between_is_seen(undrawn):
+    model = network()
+    panel = sparsity_explorer(model, DATA, sparsity=0.6)
+    panel.apply()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(DATA[0]).square().sum().backward()
+    optimizer.step()
+    panel.slider.value = 0.75
+    assert equal(panel.masks, pruned(model, panel)[0])
+    pu.make_permanent(model)
+    panel.slider.value = 0.65
+    assert equal(panel.masks, pruned(model, panel)[0])
+
+
+def test_collapse_and_ties_light_up():
+    model = network()
+    with torch.no_grad():
+        model[0].weight.fill_(1e-3)
+    panel = sparsity_explorer(model, DATA, sparsity=0.05)
+    assert "weights tie at the cut" in panel.text.value and "0: 36" in panel.text.value
+    tied = panel.image.value
+    panel.slider.value = 0.2
+    assert "tie" not in panel.text.value and "collapsed, no weight is left: 0" in panel.text.value
+    collapsed = panel.image.value
+    assert "▲" not in sparsity_explorer(network(), DATA).text.value
+    lit = [tied, collapsed, sparsity_explorer(network(), DATA).image.value]
+    assert [count_pixels(png, widgets._TIE) > 50 for png in lit] == [True, False, False]
+    assert [count_pixels(png, widgets._ALARM) > 50 for png in lit] == [False, True, False]
+
+
+def count_pixels(png, colour):
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) == rgb).all(axis=2).sum())
+
+
+def test_what_prune_refuses_is_told_in_the_panel():
+    model = network()
+    pu.prune(model, sparsity={"0": 0.9})
+    panel = sparsity_explorer(model, DATA, sparsity=0.8)
+    assert panel.masks is not None
+    panel.scope.value = "layer"
+    assert "pruned already" in panel.text.value and panel.masks is None and panel.button.disabled
+    with pytest.raises(ValueError, match="pruned already"):
+        panel.apply()
+    panel.slider.value = 0.95
+    assert equal(panel.masks, pruned(model, panel)[0]) and not panel.button.disabled
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "magnitud"}, "magnitude"),
+        ({"scope": "globl"}, "global"),
+        ({"granularity": "filtr"}, "filter"),
+        ({"sparsity": 90}, r"fraction in \[0, 1\]"),
+        ({"subset": 0}, "at least 1"),
+        ({"style": "drk"}, "dark"),
+        ({"exclude": ["nowhere"]}, "nowhere"),
+    ],
+)
+def test_wrong_arguments_raise_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        sparsity_explorer(network(), DATA, **options)
+
+
+def test_criteria_offered(undrawn):
+    def mine(model, data):
+        return {name: -weight.abs() for name, weight in pu.prunable_weights(model).items()}
+
+    offered = sparsity_explorer(network(), DATA).criterion.options
+    names = [name for name, _ in offered]
+    assert set(names) == set(pu.list_criteria()) - {"movement"}  # which needs a reference
+    panel = sparsity_explorer(network(), DATA, criterion=mine, choices=["magnitude", "synflow"])
+    assert [name for name, _ in panel.criterion.options] == ["magnitude", "synflow", "mine"]
+    assert equal(panel.masks, pruned(panel.model, panel)[0])
+
+
+def test_any_kind_of_data(undrawn):
+    pairs = [(DATA[0][i : i + 8], DATA[1][i : i + 8]) for i in range(0, 40, 8)]
+    model, expected = network(), None
+    for data in (DATA, pairs, iter(pairs), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*DATA), 8)):
+        panel = sparsity_explorer(model, data, subset=12)
+        assert len(panel.scoring_data[1]) == 12
+        for _ in panel._evaluate():
+            pass
+        expected = expected or panel._full
+        assert panel._full == expected
+    with pytest.raises(ValueError, match="no sample"):
+        sparsity_explorer(model, [])
+
+
+def test_a_timm_model_and_a_static_picture(tmp_path):
+    model = pu.models.create("timm/test_resnet", in_chans=1, num_classes=3)
+    before = everything(model)
+    inputs = torch.randn(6, 1, 32, 32)
+    panel = sparsity_explorer(model, (inputs, torch.arange(6) % 3), criterion="synflow", sparsity=0.9)
+    assert equal(panel.masks, pruned(model, panel)[0])
+    assert same(everything(model), before)
+    figure = panel.picture(save=tmp_path / "explorer")
+    assert len(figure.axes) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["explorer.png", "explorer.svg", "explorer_dark.png"]
+    plt.close(figure)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_on_a_gpu_are_those_of_the_cpu(undrawn):
+    panels = [sparsity_explorer(network().to(device), DATA, sparsity=0.7) for device in ("cpu", "cuda")]
+    cpu, gpu = (panel.masks for panel in panels)
+    assert all(mask.is_cuda and torch.equal(mask.cpu(), cpu[name]) for name, mask in gpu.items())
