@@ -30,6 +30,7 @@ from .store import check_store, claim, claimed, code_version, git_commit, key_of
 _FACTS = ("error", "seconds", "time", "device", "threads", "code", "commit", "python", "torch", "numpy", "pruneutils")
 BOOKKEEPING = tuple(f"run_{fact}" for fact in _FACTS)
 _POLL_SECONDS = 0.02
+_WORTH_PROCESSES = 20  # seconds of work that make up for starting them
 
 
 def sweep(
@@ -41,7 +42,8 @@ def sweep(
     grid: {name: value or list of values}, crossed; or a list of configs, so grids add with +. Equal configs run once.
     store: a folder, made if missing; None keeps the records in memory.
     executor: None runs here, one after the other; `processes()`, Dask's `client.get_executor()`, submitit's, or any
-        other concurrent.futures executor. On a cluster give a store that all machines see.
+        other concurrent.futures executor. On a cluster give a store that all machines see. "auto" does the first run
+        here, and takes `processes()` for the others if by its time they need more than 20 seconds.
     budget_seconds: no run starts later than this; those under way finish.
     retry_failed: run again what failed before.
     threads: torch threads of every run, everywhere, so that neither speed nor rounding depends on the executor;
@@ -72,7 +74,8 @@ def sweep(
             if not ready and time.time() < deadline:
                 time.sleep(_POLL_SECONDS)  # all that is left is under way in other sweeps
                 continue
-            with closing(_results(job, executor, [(key, configs[key], todo[key]) for key in ready or todo])) as results:
+            tasks = [(key, configs[key], todo[key]) for key in ready or todo]
+            with closing(_results(job, None if executor == "auto" else executor, tasks)) as results:
                 for key, record in results:
                     if record["status"] == "claimed":
                         continue
@@ -84,6 +87,9 @@ def sweep(
                         write(store, key, record)
                     records[key] = record
                     bar.update()
+                    if executor == "auto":
+                        executor = processes() if record["seconds"] * len(todo) > _WORTH_PROCESSES else None
+                        break
     _warn(configs, records, job)
     return _table(configs, records)
 

@@ -66,10 +66,10 @@ def fit(
     one (NaN in between). `optimizer`: "sgd" (momentum 0.9, Nesterov), "adam", any callable `parameters -> Optimizer`,
     or an Optimizer; `lr` defaults to 0.1 and 0.001. `schedule` sets the learning rate at every step: "constant", "step"
     (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0), or any
-    callable from progress in [0, 1] to a factor. `precision`: "float32", "bfloat16" (autocast, channels_last), or
-    "auto": bfloat16 on a GPU. `on_step(model, step, steps)` is called after every step. `start_step` leaves out the
-    first steps, but not their place in the schedule, the data order and the dropout: training goes on as from a
-    snapshot taken there, except that the optimizer has no momentum yet.
+    callable from progress in [0, 1] to a factor. `precision`: "float32", "bfloat16" (autocast), or "auto": bfloat16 for
+    convolutional networks on a GPU, or on a CPU that a short probe finds fast at it. `on_step(model, step, steps)` is
+    called after every step. `start_step` leaves out the first steps, but not their place in the schedule, the data
+    order and the dropout: training goes on as from a snapshot taken there, except that the optimizer has no momentum.
 
     The same `seed` on the same machine repeats the run bit for bit; the global random state is left alone. Raises
     DivergenceError when the loss is NaN or infinite, ValueError for an unknown name.
@@ -84,14 +84,15 @@ def fit(
         optimizer = optimizer(model.parameters())
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"unknown precision {precision!r}; known: auto, float32, bfloat16")
-    reduced = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    reduced = precision == "bfloat16" or (precision == "auto" and convolutional and _bfloat16_pays(device.type))
     loss_fn = loss_fn or (lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=label_smoothing))
     batches, per_epoch = _batches(train, batch_size, torch.Generator().manual_seed(seed))
     if per_epoch == 0:
         raise ValueError("train holds no sample")
     rates = [group["lr"] for group in optimizer.param_groups]
     rows, step, steps = [], 0, epochs * per_epoch
-    with _rates_back(optimizer), _reproducible(device, seed), _layout(model, reduced):
+    with _rates_back(optimizer), _reproducible(device, seed), _layout(model, convolutional):
         for epoch in tqdm(range(1, epochs + 1), "fit", unit="epoch", leave=False, disable=not progress):
             model.train()
             started = time.perf_counter()
@@ -273,6 +274,27 @@ def _batches(train, batch_size, generator) -> tuple[Callable, int]:
     return lambda: iter(train), len(train)
 
 
+@functools.cache
+def _bfloat16_pays(device_type: str) -> bool:
+    """Whether a convolution is much faster in bfloat16: a CPU either has the instructions (twice as fast) or not."""
+    if device_type != "cpu":
+        return True
+    with own_random_state(torch.device("cpu"), 0):
+        layer = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
+        inputs = torch.randn(32, 32, 16, 16)
+
+    def seconds(enabled):
+        started = time.perf_counter()
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = layer(inputs)
+        torch.autograd.grad(outputs.float().sum(), layer.weight)
+        return time.perf_counter() - started
+
+    pairs = [(seconds(False), seconds(True)) for _ in range(12)]
+    float32, bfloat16 = (min(times) for times in zip(*pairs))
+    return float32 > 1.25 * bfloat16
+
+
 @contextlib.contextmanager
 def _reproducible(device: torch.device, seed: int):
     """A random state of its own, and on a GPU only kernels that repeat."""
@@ -297,7 +319,7 @@ def _rates_back(optimizer):
 
 @contextlib.contextmanager
 def _layout(model: nn.Module, channels_last: bool):
-    """Convolutions run fastest with channels last; the model gets its usual layout back."""
+    """Convolutions run fastest with channels last, in any precision; the model gets its usual layout back."""
     if channels_last:
         _set_layout(model, torch.channels_last)
     try:

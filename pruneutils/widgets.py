@@ -207,7 +207,11 @@ class SparsityExplorer(ipywidgets.VBox):
 
     def apply(self) -> Masks:
         """Prune the model as shown and return its masks. Raises ValueError if the present choice is not possible."""
-        set_masks(self.model, self._select())
+        masks = self._select()
+        ghost = self._ghost and {name: weight.clone() for name, weight in self._ghost.items()}
+        set_masks(self.model, masks)
+        self._refresh()
+        self._ghost = ghost
         self._show()
         return get_masks(self.model)
 
@@ -289,6 +293,8 @@ class SparsityExplorer(ipywidgets.VBox):
             return
         weights = prunable_weights(self.model, self._exclude)
         self._present = get_masks(self.model)
+        # a model that comes pruned has lost the weights from before, one that is pruned here has not: see `apply`
+        self._ghost = None if self._present else self._named(prunable_weights(self.model))
         self._scores, self._ranked, self._full, self._quick = {}, {}, {}, {}
         self._twin = make_permanent(copy.deepcopy(self.model))
         names = [name for name in prunable_weights(self.model) if name in weights or name in self._present]
@@ -306,7 +312,7 @@ class SparsityExplorer(ipywidgets.VBox):
 
     def _named(self, names) -> dict[str, torch.Tensor]:
         weights = prunable_weights(self.model)
-        return {name: weights[name] for name in names}
+        return {name: weights[name].detach() for name in names}
 
     # --- What is shown -----------------------------------------------------------------------------------------------
 
@@ -340,7 +346,7 @@ class SparsityExplorer(ipywidgets.VBox):
             artist.remove()
         table = layer_table(self._twin)
         left.set_position(_LEFT)
-        plots.layer_histograms(self._twin, self._named(prunable_weights(self.model)), ax=left, style=style)
+        plots.layer_histograms(self._twin, self._ghost, ax=left, style=style)
         # room for the names of the layers at the right of the one picture and at the left of the other
         shown = table.assign(layer=[name if len(name) <= 16 else "…" + name[-15:] for name in table["layer"]])
         longest = max(map(len, shown["layer"]))

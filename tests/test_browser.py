@@ -155,7 +155,7 @@ def test_keyboard_and_mouse_move_number_and_picture(page, tmp_path):
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(x + 0.07 * track["width"], y, steps=8)
+    page.mouse.move(x + 0.05 * track["width"], y, steps=8)
     page.mouse.up()
     page.wait_for_function("parseFloat(document.querySelector('.widget-slider .widget-readout').innerText) > 96")
     dragged = moved(page, typed)

@@ -418,3 +418,15 @@ def test_submitit(tmp_path):
     grid = {"index": range(2)}
     frame = sweep(lambda index: {"square": index / 3}, grid, tmp_path / "store", executor)
     pd.testing.assert_frame_equal(facts(frame), facts(sweep(lambda index: {"square": index / 3}, grid)))
+
+
+def test_auto_takes_processes_only_where_the_first_run_says_that_it_pays(monkeypatch):
+    def run(x):
+        return {"pid": os.getpid()}
+
+    frame = experiments.sweep(run, {"x": [1, 2, 3]}, executor="auto", progress=False)
+    assert set(frame.pid) == {os.getpid()}
+    monkeypatch.setattr(experiments, "_WORTH_PROCESSES", 0)
+    frame = experiments.sweep(run, {"x": [1, 2, 3]}, executor="auto", progress=False)
+    assert frame.pid[0] == os.getpid() and os.getpid() not in set(frame.pid[1:])
+    assert (frame.status == "done").all()

@@ -193,7 +193,9 @@ def test_apply_prunes_the_model_and_the_slider_cannot_go_back():
     model = network()
     panel = sparsity_explorer(model, DATA, sparsity=0.8, scope="layer")
     masks, _, twin = pruned(model, panel)
+    before = {name: weight.clone() for name, weight in panel._ghost.items()}
     panel.button.click()
+    assert all(torch.equal(panel._ghost[name], before[name]) for name in before)  # the pale histogram stays
     assert equal(pu.get_masks(model), masks)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert panel.slider.min == pytest.approx(pu.count(model).sparsity)
