@@ -7,6 +7,7 @@ executes one as far as its sweep, whose runs are kept in results/: it can be sto
 import argparse
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 from .model_utils import nearest
@@ -72,14 +73,15 @@ def execute(path: Path, output: Path | None = None, parameters: dict | None = No
         os.environ.setdefault("TQDM_DISABLE", "1")  # a stored progress bar is a dead widget
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # see ../tests/conftest.py
     output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_suffix(".part.ipynb")
-    try:
-        papermill.execute_notebook(
-            path, part, parameters or {}, kernel_name="python3", cwd=path.parent, log_output=False
-        )
+    notebook = nbformat.read(path, as_version=4)
+    if until is not None:
+        last = next(i for i, cell in enumerate(notebook.cells) if until in cell.metadata.get("tags", []))
+        notebook.cells = notebook.cells[: last + 1]
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / path.name
+        nbformat.write(notebook, part)
+        papermill.execute_notebook(part, part, parameters or {}, kernel_name="python3", cwd=path.parent)
         notebook = nbformat.read(part, as_version=4)
-    finally:
-        part.unlink(missing_ok=True)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
