@@ -185,7 +185,7 @@ def _reapply(module, _incompatible_keys=None):
         mask.apply()
 
 
-def _masked(model: nn.Module) -> dict[str, _Mask]:
+def masked(model: nn.Module) -> dict[str, _Mask]:
     """{parameter name: _Mask} of all masks that are still those of a present parameter."""
     found, seen = {}, set()
     for layer, module in model.named_modules():
@@ -199,7 +199,7 @@ def _masked(model: nn.Module) -> dict[str, _Mask]:
 
 def get_masks(model: nn.Module) -> Masks:
     """A copy of the masks on `model`, in module order; empty if it has none."""
-    return Masks({name: mask.keep.clone() for name, mask in _masked(model).items()})
+    return Masks({name: mask.keep.clone() for name, mask in masked(model).items()})
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
@@ -261,7 +261,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises ValueError if no such weights are kept.
     """
-    originals = [(mask.weight, mask.original) for mask in _masked(model).values() if mask.original is not None]
+    originals = [(mask.weight, mask.original) for mask in masked(model).values() if mask.original is not None]
     if not originals:
         raise ValueError("there are no weights to restore; they are kept by prune(..., restorable=True)")
     make_permanent(model)
@@ -275,7 +275,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 def _kept(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
     """{parameter name: (weight, number kept)}: by the mask where there is one, by exact zeros elsewhere."""
-    masks = {id(mask.weight): mask.keep for mask in _masked(model).values()}
+    masks = {id(mask.weight): mask.keep for mask in masked(model).values()}
     return {
         name: (weight, int(masks.get(id(weight), weight.detach()).count_nonzero()))
         for name, weight in prunable_weights(model).items()

@@ -74,12 +74,12 @@ def prune(
         data = list(data)  # an iterator would be empty when scores are computed again
     name, _ = criteria.prepare(criterion, data, loss_fn, seed, options)
 
-    _check_not_transposed(model, weights, granularity)
-    groups = _groups(weights, sparsity, scope, granularity)
+    check_not_transposed(model, weights, granularity)
+    groups = competitions(weights, sparsity, scope, granularity)
     weights = {name: weights[name] for names, _ in groups for name in names}
     exclude = [name for name in prunable_weights(model) if name not in weights]
     present = {name: mask for name, mask in get_masks(model).items() if name in weights}
-    starts = [_check_not_less(names, target, weights, present, granularity) for names, target in groups]
+    starts = [check_not_less(names, target, weights, present, granularity) for names, target in groups]
     before = {name: w.detach().clone() for name, w in weights.items()} if restorable or iterations > 1 else None
     alive, ties = dict(present), {}
     try:
@@ -148,7 +148,7 @@ def prune_threshold(
     if not isinstance(threshold, Real) or math.isnan(threshold):
         raise ValueError(f"threshold must be a number, not {threshold!r}")
     name, _ = criteria.prepare(criterion, data, loss_fn, seed, options)
-    _check_not_transposed(model, weights, granularity)
+    check_not_transposed(model, weights, granularity)
     scores = criteria.scores(
         model, criterion, data, loss_fn=loss_fn, seed=seed, exclude=exclude, train_mode=train_mode, **options
     )
@@ -201,7 +201,7 @@ def erk_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> di
         dense |= over
 
 
-def _groups(weights, sparsity, scope, granularity) -> list[tuple[list[str], int]]:
+def competitions(weights, sparsity, scope, granularity) -> list[tuple[list[str], int]]:
     """Who competes with whom, and how many weights of each such group are to be pruned in the end."""
     if ":" in str(granularity):
         n, m = n_of_m(granularity)
@@ -286,7 +286,7 @@ def _warn(ties, masks, criterion):
         )
 
 
-def _check_not_less(names, target, weights, present, granularity) -> int:
+def check_not_less(names, target, weights, present, granularity) -> int:
     """How many weights of the group are pruned already; ValueError if that is more than asked for."""
     pruned = sum(present[name].numel() - int(present[name].count_nonzero()) for name in names if name in present)
     # whole units may have taken up to half of the largest more than asked for
@@ -301,7 +301,7 @@ def _check_not_less(names, target, weights, present, granularity) -> int:
     return pruned
 
 
-def _check_not_transposed(model, weights, granularity):
+def check_not_transposed(model, weights, granularity):
     if granularity not in ("weight", "kernel"):
         bad = [name for name in weights if getattr(model.get_submodule(layer_name(name)), "transposed", False)]
         if bad:

@@ -8,8 +8,7 @@ import copy
 import html
 import inspect
 import io
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import ipywidgets
 import torch
@@ -21,7 +20,6 @@ from . import criteria, plots, pruning
 from .costs import cost, cost_table
 from .model_utils import (
     Masks,
-    _masked,
     accuracy,
     attach_masks,
     batches,
@@ -29,10 +27,12 @@ from .model_utils import (
     layer_name,
     layer_table,
     make_permanent,
+    masked,
     prunable_weights,
     set_masks,
 )
-from .selection import Selection, n_of_m, select_n_of_m, unit_scores
+from .ranking import Blocks, rank
+from .selection import n_of_m, select_n_of_m
 
 _BATCH = 500  # images evaluated at a time: between two of them the panel listens
 _PAUSE = 0.3  # seconds a choice has to stand before all of the data is evaluated
@@ -41,88 +41,6 @@ _LEFT = (0.0, -0.02, 0.58, 1.04)  # the place of the 3D picture
 _DPI = 120
 _TRUE = torch.ones((), dtype=torch.bool)
 _ALARM, _TIE = "#D55E00", "#CC79A7"  # Okabe & Ito
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The order in which the weights (kernels, filters) of one competition go, so that a mask is one comparison."""
-
-    shapes: dict[str, tuple[int, ...]]  # by name: of the units, 1 where a unit spans a dimension
-    ranks: torch.Tensor  # (units,) int32: place in the stable sort of all scores, what is pruned already first
-    values: torch.Tensor  # (units,) scores in that order
-    sizes: torch.Tensor  # (units,) int32: weights that are alive in each unit
-    taken: torch.Tensor | None  # (units,) weights gone when a unit and all before it are; None: one a unit
-    dead: int  # weights that were pruned already
-
-    def cut(self, k: int) -> int:
-        """How many units go when `k` weights are to be pruned in all, as `selection` decides it."""
-        if self.taken is None:
-            return k
-        k -= self.dead
-        going = int(torch.searchsorted(self.taken, k, right=True))
-        if going < len(self.taken):
-            less = int(self.taken[going - 1]) if going else 0
-            going += int(self.taken[going]) - k < k - less
-        return going
-
-    def masks(self, going: int) -> dict[str, torch.Tensor]:
-        """The unit masks, True = kept, by name and in the units' shape."""
-        parts = (self.ranks >= going).split([torch.Size(shape).numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
-
-    def ties(self, going: int) -> dict[str, int]:
-        """By name, how many weights score as much as the one at the cut, if the cut parts such ties."""
-        if not 0 < going < len(self.values) or self.values[going - 1] != self.values[going]:
-            return {}
-        score = self.values[going]
-        low, high = (int(torch.searchsorted(self.values, score, right=right)) for right in (False, True))
-        tied = self.sizes * ((self.ranks >= low) & (self.ranks < high))
-        parts = tied.split([torch.Size(shape).numel() for shape in self.shapes.values()])
-        return {name: n for name, part in zip(self.shapes, parts) if (n := int(part.sum()))}
-
-
-def rank(scores: Mapping[str, torch.Tensor], granularity: str, alive: Mapping[str, torch.Tensor]) -> Ranking:
-    """Sort the units of `scores` {name: tensor} once, so that every selection of k out of them is a comparison.
-
-    `granularity` is "weight", "kernel" or "filter". What `alive` (bool tensors by name, missing ones all True) says is
-    pruned already goes first.
-    """
-    first = next(iter(scores.values()))
-    if granularity == "weight":
-        dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores.values()) else torch.float32
-        units = {name: s.to(dtype) for name, s in scores.items()}
-    else:
-        units = {name: unit_scores(s, granularity, alive.get(name), normalize=True) for name, s in scores.items()}
-    sizes = []
-    for name, s in scores.items():
-        mask = alive.get(name, torch.ones((), dtype=torch.bool, device=s.device)).expand(s.shape)
-        spanned = [dim for dim, size in enumerate(units[name].shape) if size != s.shape[dim]]
-        sizes.append((mask.sum(spanned) if spanned else mask).flatten().to(first.device, torch.int32))
-    sizes = torch.cat(sizes)
-    values = torch.cat([unit.flatten().to(first.device) for unit in units.values()])
-    values[sizes == 0] = -torch.inf
-    values, order = values.sort(stable=True)
-    ranks = torch.empty_like(sizes)
-    ranks[order] = torch.arange(len(order), dtype=torch.int32, device=first.device)
-    dead = sum(s.numel() for s in scores.values()) - int(sizes.sum())
-    taken = None if granularity == "weight" else sizes[order].cumsum(0)
-    return Ranking({name: tuple(u.shape) for name, u in units.items()}, ranks, values, sizes, taken, dead)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """What N:M leaves, in the manner of a Ranking: there is nothing to choose."""
-
-    selection: Selection
-
-    def cut(self, k: int) -> int:
-        return k
-
-    def masks(self, going: int) -> dict[str, torch.Tensor]:
-        return self.selection.keep
-
-    def ties(self, going: int) -> dict[str, int]:
-        return self.selection.ties
 
 
 def sparsity_explorer(
@@ -246,10 +164,10 @@ class SparsityExplorer(ipywidgets.VBox):
         self._refresh()
         criterion, scope, granularity, sparsity = self._key
         weights = prunable_weights(self.model, self._exclude)
-        pruning._check_not_transposed(self.model, weights, granularity)
-        groups = pruning._groups(weights, sparsity, scope, granularity)
+        pruning.check_not_transposed(self.model, weights, granularity)
+        groups = pruning.competitions(weights, sparsity, scope, granularity)
         for names, target in groups:
-            pruning._check_not_less(names, target, weights, self._present, granularity)
+            pruning.check_not_less(names, target, weights, self._present, granularity)
         keep, ties = {}, {}
         for ranking, (_, target) in zip(self._rankings(criterion, scope, granularity, groups), groups):
             going = ranking.cut(target)
@@ -261,7 +179,7 @@ class SparsityExplorer(ipywidgets.VBox):
         self.ties, self.masks = ties, Masks({name: masks[name] for name in self._positions})
         with torch.no_grad():
             sources = prunable_weights(self.model)
-            for name, held in _masked(self._twin).items():  # attach_masks would touch the optimizers of the model
+            for name, held in masked(self._twin).items():  # attach_masks would touch the optimizers of the model
                 held.weight.copy_(sources[name])
                 held.keep = self.masks[name]
                 held.apply()
@@ -285,7 +203,7 @@ class SparsityExplorer(ipywidgets.VBox):
     def _state(self):
         """What changes when anything writes to the model: a training step, an apply, a move to another device."""
         tensors = self.model.state_dict(keep_vars=True).values()
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors], list(_masked(self.model).values())
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors], list(masked(self.model).values())
 
     def _refresh(self):
         """Start anew if the model is no longer what the panel has seen: other weights have other scores."""
@@ -350,10 +268,11 @@ class SparsityExplorer(ipywidgets.VBox):
         # room for the names of the layers at the right of the one picture and at the left of the other
         shown = table.assign(layer=[name if len(name) <= 16 else "…" + name[-15:] for name in table["layer"]])
         longest = max(map(len, shown["layer"]))
-        left.set_position((-0.0025 * longest, *_LEFT[1:]))
+        left.set_position((0.015 - 0.0025 * longest, *_LEFT[1:]))
         start = 0.62 + 0.0085 * longest
         right.set_position((start, 0.17, 0.985 - start, 0.70))
         plots.layer_bars(shown, ax=right, style=style)
+        right.xaxis.label.set_color(right.get_yticklabels()[0].get_color())  # made before there was a style
         right.set_xlim(0, 1.12)  # the same for all choices: bars are to move, not the axis
         if self.ties:
             rows = [row for row, layer in enumerate(table["layer"]) if layer in set(map(layer_name, self.ties))]

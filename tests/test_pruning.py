@@ -158,11 +158,11 @@ def test_erk_is_exact_in_all_and_in_proportion_per_layer():
             draw.choice([draw.random(), draw.randint(0, 20) / 20]),
             sum(w.numel() for w in weights.values()),
         )
-        groups = pruning._groups(weights, sparsity, "erk", "weight")
+        groups = pruning.competitions(weights, sparsity, "erk", "weight")
         assert sum(k for _, k in groups) == round(sparsity * total)
         assert all(0 <= k <= weights[name].numel() for (name,), k in groups), (weights, sparsity, groups)
     trailing = {"a": torch.empty(11, 10), "b": torch.empty(20, 29), "c": torch.empty(1, 16)}
-    assert [k for _, k in pruning._groups(trailing, 0.25, "erk", "weight")] == [0, 176, 0]  # c is dense, and last
+    assert [k for _, k in pruning.competitions(trailing, 0.25, "erk", "weight")] == [0, 176, 0]  # c is dense, and last
     shapes = {"a": (64, 3, 3, 3), "b": (64, 64, 3, 3), "c": (128, 64, 1, 1), "d": (10, 128)}
     density = {name: 1 - s for name, s in pu.erk_sparsities(shapes, 0.85).items()}
     assert density["d"] == 1 > density["a"]
