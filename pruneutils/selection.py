@@ -24,7 +24,7 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
     """Prune exactly the `k` lowest of all scores, as a stable sort of their concatenation would.
 
     Entries where `alive` (masks by name, missing ones all True) is False stay pruned and do not count towards k.
-    `transform`, such as torch.abs, makes scores out of what is handed in, a piece at a time. Time is linear in the
+    `transform(piece, out=buffer)`, such as torch.abs, makes scores out of what is handed in, a piece at a time. Time is linear in the
     number of scores, and they are not copied: a random sample brackets the cut, one pass writes the masks of what is
     above the bracket and collects the about 1 % inside, and only these are ranked. The sample decides about the
     speed, never about the result.
@@ -37,10 +37,10 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
         raise ValueError(f"cannot prune {k} of {total} weights")
     single = (torch.float32, torch.bfloat16, torch.float16)
     dtype = torch.float32 if all(s.dtype in single for s in scores.values()) else torch.float64
-    transform = transform or (lambda chunk: chunk)
-    low, high = _bracket(scores, k / max(total, 1), alive, lambda chunk: transform(chunk.to(dtype)))
+    transform = transform or (lambda chunk, out: chunk)
+    low, high = _bracket(scores, k / max(total, 1), alive, lambda chunk: transform(chunk.to(dtype), out=None))
     while True:
-        keep, values, places, kept = _split(scores, low, high, alive, lambda chunk: transform(chunk.to(dtype)))
+        keep, values, places, kept = _split(scores, low, high, alive, transform, dtype)
         going = k - (total - kept - len(values))  # how many of the collected have to go
         if 0 <= going <= len(values):
             break
@@ -87,21 +87,25 @@ def _bracket(scores, quantile, alive, transform) -> tuple[float, float]:
     return low, sample[last].item() if last < n else torch.inf
 
 
-def _split(scores, low, high, alive, transform):
+def _split(scores, low, high, alive, transform, dtype):
     """Masks of what is above `high`, values and flat places of what is in (low, high], and the number above."""
     keep, values, places, start = {}, [], [], 0
     device = next(iter(scores.values())).device
     size = _CHUNK if device.type == "cpu" else 256 * _CHUNK
     kept = torch.zeros((), dtype=torch.long, device=device)
+    largest = min(size, max(s.numel() for s in scores.values()))
+    # the same memory for every piece: fresh pages would cost more than the work on them
+    pieces, insides = (torch.empty(largest, dtype=kind, device=device) for kind in (dtype, torch.bool))
     for name, s in scores.items():
         flat, mask = s.detach().reshape(-1), torch.empty(s.shape, dtype=torch.bool, device=s.device)
         keep[name], mask = mask, mask.view(-1)
         total = torch.zeros((), device=s.device)
         for i in range(0, len(flat), size):
-            chunk, above = transform(flat[i : i + size]), mask[i : i + size]
+            above = mask[i : i + size]
+            chunk = transform(flat[i : i + size].to(dtype), out=pieces[: len(above)])
             total += chunk.sum()
             _greater(chunk, high, out=above)
-            inside = _greater(chunk, low, out=torch.empty_like(above)).logical_xor_(above)
+            inside = _greater(chunk, low, out=insides[: len(above)]).logical_xor_(above)
             if name in alive:
                 here = alive[name].reshape(-1)[i : i + size]
                 above &= here

@@ -673,3 +673,34 @@ def test_iterations_never_revive(name, schedule):
         assert all((later[key] <= earlier[key]).all() for key in later)
     by_name = pu.prune(conv_net(), name, sparsity=0.9, iterations=5, schedule=schedule, **arguments)
     assert all(torch.equal(by_name[key], masks[key]) for key in masks)
+
+
+def test_dead_weights_of_resnet10t_are_found_by_structure():
+    images = torch.zeros(1, 3, 32, 32)
+    dead = pu.dead_weights(pu.models.create("timm/resnet10t"), images)
+    assert sum(int(mask.sum()) for mask in dead.values()) == 4_718_592  # layers before a zero batch-norm scale
+    assert all(mask.all() or not mask.any() for mask in dead.values())
+    model = pu.models.create("timm/resnet10t", zero_init_last=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dead = {name: mask for name, mask in pu.dead_weights(model, images).items() if mask.any()}
+    # 3x3 kernels on 1x1 maps: one tap of nine, of a stride-2 kernel on 2x2 maps four of nine meet data
+    assert {name: int(mask.sum()) for name, mask in dead.items()} == {
+        "layer4.0.conv1.weight": 1_179_648 * 5 // 9,
+        "layer4.0.conv2.weight": 2_359_296 * 8 // 9,
+    }
+    assert not dead["layer4.0.conv2.weight"][:, :, 1, 1].any()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # what is dead has no effect, and on larger images nothing is
+    outputs = model.eval()(torch.ones(2, 3, 32, 32))
+    with torch.no_grad():
+        for name, mask in dead.items():
+            model.get_parameter(name)[mask] = 7.0
+    assert torch.equal(model(torch.ones(2, 3, 32, 32)), outputs)
+    assert not any(mask.any() for mask in pu.dead_weights(model, torch.zeros(1, 3, 64, 64)).values())
+
+
+def test_what_pruning_cuts_off_is_dead():
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    pu.set_masks(model, {"2.weight": torch.tensor([[True, False]])})
+    dead = pu.dead_weights(model, torch.zeros(1, 3))
+    assert dead["0.weight"].tolist() == [[False] * 3, [True] * 3] and not dead["2.weight"].any()
