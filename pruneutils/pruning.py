@@ -81,6 +81,7 @@ def prune(
     present = {name: mask for name, mask in get_masks(model).items() if name in weights}
     starts = [check_not_less(names, target, weights, present, granularity) for names, target in groups]
     before = {name: w.detach().clone() for name, w in weights.items()} if restorable or iterations > 1 else None
+    settings = dict(loss_fn=loss_fn, seed=seed, exclude=exclude, train_mode=train_mode, **options)
     alive, ties = dict(present), {}
     try:
         for step in range(1, iterations + 1):
@@ -88,19 +89,7 @@ def prune(
                 # scored a piece at a time while selecting, so that no second copy of the weights is made
                 scores, transform = {name: weight.detach() for name, weight in weights.items()}, torch.abs
             else:
-                scores, transform = (
-                    criteria.scores(
-                        model,
-                        criterion,
-                        data,
-                        loss_fn=loss_fn,
-                        seed=seed,
-                        exclude=exclude,
-                        train_mode=train_mode,
-                        **options,
-                    ),
-                    None,
-                )
+                scores, transform = criteria.scores(model, criterion, data, **settings), None
             for (names, target), start in zip(groups, starts):
                 total = sum(weights[name].numel() for name in names)
                 k = max(start, round(total * sparsity_at(step / iterations, target / total, start / total, schedule)))

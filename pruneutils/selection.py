@@ -24,10 +24,10 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
     """Prune exactly the `k` lowest of all scores, as a stable sort of their concatenation would.
 
     Entries where `alive` (masks by name, missing ones all True) is False stay pruned and do not count towards k.
-    `transform(piece, out=buffer)`, such as torch.abs, makes scores out of what is handed in, a piece at a time. Time is linear in the
-    number of scores, and they are not copied: a random sample brackets the cut, one pass writes the masks of what is
-    above the bracket and collects the about 1 % inside, and only these are ranked. The sample decides about the
-    speed, never about the result.
+    `transform(piece, out=buffer)`, such as torch.abs, makes scores out of what is handed in, a piece at a time. Time is
+    linear in the number of scores, and they are not copied: a random sample brackets the cut, one pass writes the
+    masks of what is above the bracket and collects the about 1 % inside, and only these are ranked. The sample decides
+    about the speed, never about the result.
 
     Raises ValueError if k is not within 0 and the number alive, or if a score is NaN or infinite.
     """
