@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
@@ -256,14 +257,14 @@ def _copy(weights, values):
 
 
 def _warn(ties, masks, criterion):
-    """Tell about ties and empty layers, at the line that called `prune`."""
+    """Tell about ties and empty layers, at the line that called into this package."""
     if ties:
         layers = ", ".join(f"{layer_name(name)}: {n:,}" for name, n in ties.items())
         warnings.warn(
             f"{sum(ties.values()):,} weights tie at the cut of {criterion!r} ({layers}); position decides which of "
             "them go. Scores that tie in large numbers often are zeros of weights without effect: see dead_weights",
             TiedScoresWarning,
-            stacklevel=3,
+            stacklevel=_callers_level(),
         )
     empty = [layer_name(name) for name, mask in masks.items() if not mask.cpu().numpy().any()]
     if empty:
@@ -271,8 +272,16 @@ def _warn(ties, masks, criterion):
             f"{len(empty)} of {len(masks)} layers have no weight left: {', '.join(empty)}. Less sparsity, more "
             "iterations, or scope 'layer' or 'erk' leave some in each",
             LayerCollapseWarning,
-            stacklevel=3,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The stacklevel, seen from who asks, of the first caller outside of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(__package__ + "."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_not_less(names, target, weights, present, granularity) -> int:

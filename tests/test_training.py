@@ -294,3 +294,11 @@ def test_lottery_ticket_refuses_before_it_trains(options, message):
     with pytest.raises(ValueError, match=message):
         pu.lottery_ticket(model, samples(), epochs=1, **options)
     assert_same(model, before)
+
+
+def test_warnings_of_gradual_point_at_its_caller():
+    model = torch.nn.Linear(4, 4)
+    torch.nn.init.ones_(model.weight)
+    with pytest.warns(pu.TiedScoresWarning) as caught:
+        pu.gradual(model, (torch.randn(8, 4), torch.zeros(8, dtype=torch.long)), sparsities=[0.5])
+    assert caught[0].filename == __file__
