@@ -66,9 +66,9 @@ def sweep(
     deadline = math.inf if budget_seconds is None else time.time() + budget_seconds
     job = _Job(run, store, deadline, threads, code_version(run), git_commit())
 
-    switch = {} if progress else {"disable": True}  # absent, so that TQDM_DISABLE decides
+    hidden = not progress or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")  # notebooks' bars do not ask for it
     done, title = len(configs) - len(todo), store.name if store else "sweep"
-    with tqdm(total=len(configs), initial=done, desc=title, **switch) as bar:
+    with tqdm(total=len(configs), initial=done, desc=title, disable=hidden) as bar:
         while todo:
             ready = [key for key in todo if not claimed(store, key)]
             if not ready and time.time() < deadline:
