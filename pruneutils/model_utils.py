@@ -26,10 +26,12 @@ class Masks(dict):
 
     @property
     def total(self) -> int:
+        """Number of entries over all masks."""
         return sum(mask.numel() for mask in self.values())
 
     @property
     def kept(self) -> int:
+        """Number of True entries over all masks."""
         return sum(int(mask.count_nonzero()) for mask in self.values())
 
     @property
@@ -50,6 +52,7 @@ class Count:
 
     @property
     def pruned(self) -> int:
+        """Number of weights pruned."""
         return self.total - self.kept
 
     @property

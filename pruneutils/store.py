@@ -58,6 +58,7 @@ def claim(store, key):
 
 
 def claimed(store, key):
+    """Whether another process is doing this run."""
     path = store / ".claims" / key if store else None
     if path is None or not path.exists():
         return False
@@ -69,6 +70,7 @@ def claimed(store, key):
 
 
 def read(store, key):
+    """The record of a run, None if there is none."""
     path = store / f"{key}.json"
     try:
         return json.loads(path.read_text())
@@ -79,6 +81,7 @@ def read(store, key):
 
 
 def write(store, key, record):
+    """Write a record so that it is there whole or not at all."""
     path, temporary = store / f"{key}.json", store / f".{key}.tmp"
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
     try:
@@ -126,6 +129,7 @@ def plain(value, where, finite=True):
 
 
 def rows_of(metrics):
+    """The rows of a run's metrics, each checked to be plain values."""
     if isinstance(metrics, pd.DataFrame):
         metrics = metrics.to_dict("records")
     rows = [metrics] if isinstance(metrics, dict) else metrics
@@ -151,6 +155,7 @@ _package_version = functools.cache(lambda: version("pruneutils"))
 
 
 def git_commit():
+    """The commit of the working tree, with -dirty if it differs; None outside of a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
