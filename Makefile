@@ -17,7 +17,7 @@ run: .venv/installed
 
 # Everything: unit tests, and all notebooks compared with their stored outputs.
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval tests notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --nbval tests notebooks
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
