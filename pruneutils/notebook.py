@@ -71,7 +71,7 @@ def execute(path: Path, output: Path | None = None, parameters: dict | None = No
     path, output = Path(path).resolve(), Path(output or path).resolve()
     if until is None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # a stored progress bar is a dead widget
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # see ../tests/conftest.py
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # see conftest.py
     output.parent.mkdir(parents=True, exist_ok=True)
     notebook = nbformat.read(path, as_version=4)
     if until is not None:
