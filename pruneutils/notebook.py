@@ -26,13 +26,15 @@ def size() -> str:
     return value
 
 
-def image(name: str) -> Path:
+def image(name: str, recorded: str | None = None) -> Path:
     """Where the picture `name` of a notebook goes: images/ beside notebooks/, or the folder in PRUNEUTILS_IMAGES.
 
-    Sizes beyond quick are told in the name, so that they never replace each other: "curve_medium".
+    Sizes beyond quick are told in the name, so that they never replace each other: "curve_medium". The size is the
+    present one, or `recorded`, that of the runs which are shown.
     """
     folder = Path(os.environ.get("PRUNEUTILS_IMAGES", "../images"))
-    return folder / (name if size() == "quick" else f"{name}_{size()}")
+    shown = recorded or size()
+    return folder / (name if shown == "quick" else f"{name}_{shown}")
 
 
 def store(name: str) -> Path | None:
@@ -41,11 +43,12 @@ def store(name: str) -> Path | None:
 
 
 def recorded(name: str) -> dict:
-    """The runs of a notebook's larger sizes that results/ holds, {size: DataFrame as from experiments.load}."""
+    """The finished runs of a notebook's larger sizes that results/ holds, {size: DataFrame}, each in a fixed order."""
     from .experiments import load
 
     folders = {size: Path("../results") / f"{name}_{size}" for size in SIZES[1:]}
-    return {size: load(folder) for size, folder in folders.items() if any(folder.glob("*.json"))}
+    frames = {size: load(folder) for size, folder in folders.items() if any(folder.glob("*.json"))}
+    return {size: frame[frame.status == "done"] for size, frame in frames.items()}
 
 
 def code_hash(notebook) -> str:

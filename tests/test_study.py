@@ -1,0 +1,118 @@
+"""A notebook's sweep from a shell: stopped by a budget, killed, called again, and read by the quick notebook."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from pruneutils import notebook
+
+PARAMETERS = """
+from pathlib import Path
+import time
+import pruneutils as pu
+size = pu.notebook.size()
+seeds, seconds, budget_seconds = range(2), 0.0, None
+if size == "medium":
+    seeds, seconds = range(6), 0.4
+"""
+RUN = """
+def run(seed, seconds):
+    with open("../runs.log", "a") as log:
+        log.write(f"{seed}\\n")
+    time.sleep(seconds)
+    return {"accuracy": seed / 10}
+"""
+SWEEP = """
+grid = {"seed": list(seeds), "seconds": seconds}
+frame = pu.experiments.sweep(run, grid, pu.notebook.store("toy"), budget_seconds=budget_seconds)
+print(frame.status.value_counts().to_string())
+"""
+ANSWER = """
+print({name: sorted(rows.accuracy) for name, rows in pu.notebook.recorded("toy").items()}, len(frame))
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    cells = [new_markdown_cell("# Does it go on?"), new_code_cell(PARAMETERS), new_code_cell(RUN)]
+    cells += [new_code_cell(SWEEP), new_code_cell(ANSWER)]
+    for cell, tag in zip(cells[1:], ("parameters", "run", "sweep", "answer")):
+        cell.metadata["tags"] = [tag]
+    path = tmp_path / "notebooks" / "toy.ipynb"
+    path.parent.mkdir()
+    kernel = {"language_info": {"name": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
+    return path
+
+
+def start(path, *options):
+    command = [sys.executable, "-m", "pruneutils.notebook", *options, "notebooks/toy.ipynb"]
+    environment = {name: value for name, value in os.environ.items() if name != "PRUNEUTILS_SIZE"}
+    return subprocess.Popen(
+        command, cwd=path.parent.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def call(path, *options):
+    process = start(path, *options)
+    told, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return told
+
+
+def records(path):
+    return sorted((path.parent.parent / "results" / "toy_medium").glob("*.json"))
+
+
+def runs(path):
+    return (path.parent.parent / "runs.log").read_text().split()
+
+
+def test_a_study_in_pieces_does_every_run_once_and_quick_size_reads_it(toy):
+    before = toy.read_bytes()
+    told = call(toy, "--study", "--size", "medium", "--budget", "0.5")
+    assert "missing" in told and 1 <= len(records(toy)) <= 3
+    assert "missing" not in (told := call(toy, "--study", "--size", "medium")) and "done    6" in told
+    assert sorted(runs(toy)) == list("012345")
+    assert toy.read_bytes() == before, "a study leaves the notebook alone"
+    studied = json.loads((toy.parent.parent / "build" / "toy.ipynb").read_text())
+    assert "sweep" in studied["cells"][-1]["metadata"]["tags"], "nothing after the sweep is executed"
+
+    told = call(toy, "--show")
+    assert "{'medium': [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]} 2" in told
+    assert len(records(toy)) == 6, "quick runs are not kept"
+
+
+def test_a_killed_study_goes_on_where_it_was(toy):
+    process = start(toy, "--study", "--size", "medium")
+    while len(records(toy)) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for one in family:
+        one.kill()
+    process.communicate()
+    assert len(kept := records(toy)) < 6
+    contents = [path.read_bytes() for path in kept]
+    assert "done    6" in call(toy, "--study", "--size", "medium")
+    assert [path.read_bytes() for path in kept] == contents
+    assert sorted(set(runs(toy))) == list("012345") and len(runs(toy)) <= 7, "one run was under way, at most"
+
+
+def test_sizes_and_the_names_of_pictures(monkeypatch):
+    monkeypatch.delenv("PRUNEUTILS_IMAGES", raising=False)
+    for size, name in (("quick", "curve"), ("medium", "curve_medium"), ("full", "curve_full")):
+        monkeypatch.setenv("PRUNEUTILS_SIZE", size)
+        assert notebook.image("curve") == Path("../images") / name
+        assert notebook.image("curve", "full") == Path("../images/curve_full")
+    monkeypatch.setenv("PRUNEUTILS_SIZE", "ful")
+    with pytest.raises(ValueError, match="'ful'; did you mean 'full'"):
+        notebook.size()
