@@ -43,7 +43,8 @@ def sweep(
     store: a folder, made if missing; None keeps the records in memory.
     executor: None runs here, one after the other; `processes()`, Dask's `client.get_executor()`, submitit's, or any
         other concurrent.futures executor. On a cluster give a store that all machines see. "auto" does the first run
-        here, and takes `processes()` for the others if by its time they need more than 20 seconds.
+        here, and takes `processes()` for the others if these are several and, by its time, there are more than 20
+        seconds of work left.
     budget_seconds: no run starts later than this; those under way finish.
     retry_failed: run again what failed before.
     threads: torch threads of every run, everywhere, so that neither speed nor rounding depends on the executor;
@@ -88,7 +89,8 @@ def sweep(
                     records[key] = record
                     bar.update()
                     if executor == "auto":
-                        executor = processes() if record["seconds"] * len(todo) > _WORTH_PROCESSES else None
+                        pays = (len(_cards()) or cpu_count()) > 1 and record["seconds"] * len(todo) > _WORTH_PROCESSES
+                        executor = processes() if pays else None
                         break
     _warn(configs, records, job)
     return _table(configs, records)
@@ -108,8 +110,7 @@ def processes(n=None):
 
     Functions defined in a notebook work. What `run` refers to outside itself travels with every run: load data inside.
     """
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    cards = chosen.split(",") if torch.cuda.is_available() else []
+    cards = _cards()
     n = n or len(cards) or cpu_count()
     return get_reusable_executor(
         max_workers=n,
@@ -119,6 +120,13 @@ def processes(n=None):
         initializer=_take_card if cards else None,
         initargs=(cards, n, os.getpid()) if cards else (),
     )
+
+
+def _cards():
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if not torch.cuda.is_available():
+        return []
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
 
 
 def _take_card(cards, n, owner):

@@ -420,13 +420,18 @@ def test_submitit(tmp_path):
     pd.testing.assert_frame_equal(facts(frame), facts(sweep(lambda index: {"square": index / 3}, grid)))
 
 
-def test_auto_takes_processes_only_where_the_first_run_says_that_it_pays(monkeypatch):
+def test_auto_takes_processes_only_if_several_and_worth_it_by_the_first_run(monkeypatch):
     def run(x):
         return {"pid": os.getpid()}
 
     frame = experiments.sweep(run, {"x": [1, 2, 3]}, executor="auto", progress=False)
     assert set(frame.pid) == {os.getpid()}
     monkeypatch.setattr(experiments, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(experiments, "_cards", lambda: ["0"])  # one worker a card: one would gain nothing
+    frame = experiments.sweep(run, {"x": [1, 2, 3]}, executor="auto", progress=False)
+    assert set(frame.pid) == {os.getpid()}
+    monkeypatch.setattr(experiments, "_cards", list)
+    monkeypatch.setattr(experiments, "cpu_count", lambda: 2)
     frame = experiments.sweep(run, {"x": [1, 2, 3]}, executor="auto", progress=False)
     assert frame.pid[0] == os.getpid() and os.getpid() not in set(frame.pid[1:])
     assert (frame.status == "done").all()
