@@ -279,7 +279,7 @@ def _warn(ties, masks, criterion):
 def _callers_level() -> int:
     """The stacklevel, seen from who asks, of the first caller outside of this package."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(__package__ + "."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__ + "."):
         frame, level = frame.f_back, level + 1
     return level
 

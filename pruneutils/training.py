@@ -92,7 +92,7 @@ def fit(
         raise ValueError("train holds no sample")
     rates = [group["lr"] for group in optimizer.param_groups]
     rows, step, steps = [], 0, epochs * per_epoch
-    with _rates_back(optimizer), _reproducible(device, seed), _layout(model, convolutional):
+    with _rates_back(optimizer), _reproducible(device, seed), _layout(model, convolutional and not _corrupts(model)):
         for epoch in tqdm(range(1, epochs + 1), "fit", unit="epoch", leave=False, disable=not progress):
             model.train()
             started = time.perf_counter()
@@ -327,6 +327,16 @@ def _layout(model: nn.Module, channels_last: bool):
     finally:
         if channels_last:
             _set_layout(model, torch.contiguous_format)
+
+
+def _corrupts(model: nn.Module) -> bool:
+    """Whether a CPU would write past its memory with channels last: strided 1x1 convolutions of few channels.
+
+    oneDNN issue 6035: their weight gradient overruns a buffer where the input has fewer channels than a vector holds,
+    8 with AVX2 and 16 with AVX-512. It ends in a crash, a hang, or wrong gradients.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.device.type == "cpu"]
+    return any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < 16 for m in layers)
 
 
 def _set_layout(model, memory_format):

@@ -484,3 +484,10 @@ def test_returned_masks_are_those_on_the_model():
     masks = pu.prune(model, "magnitude", 0.5)
     assert isinstance(masks, pu.Masks) and masks.sparsity == 0.5 == pu.get_masks(model).sparsity
     assert all(torch.equal(masks[name], mask) for name, mask in pu.get_masks(model).items())
+
+
+def test_code_without_a_module_name_can_prune():
+    model = nn.Linear(3, 2)
+    with pytest.warns(pu.LayerCollapseWarning):
+        exec("pu.prune(model, 'magnitude', 1.0)", {"pu": pu, "model": model})
+    assert pu.count(model).kept == 0

@@ -1,6 +1,8 @@
 """fit repeats bit for bit and leaves no trace; gradual and lottery_ticket do what they say."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -302,3 +304,40 @@ def test_warnings_of_gradual_point_at_its_caller():
     with pytest.warns(pu.TiedScoresWarning) as caught:
         pu.gradual(model, (torch.randn(8, 4), torch.zeros(8, dtype=torch.long)), sparsities=[0.5])
     assert caught[0].filename == __file__
+
+
+# oneDNN issue 6035: the weight gradient of a strided 1x1 convolution of few channels corrupts memory with channels last
+
+
+@pytest.mark.parametrize("channels, stride, last", [(4, 1, True), (4, 2, False), (15, 2, False), (16, 2, True)])
+def test_channels_last_where_it_is_safe(channels, stride, last):
+    model = nn.Sequential(nn.Conv2d(2, channels, 3), nn.Conv2d(channels, 5, 1, stride), nn.Flatten(2))
+    data, seen = (torch.randn(8, 2, 6, 6), torch.randint(5, (8, (4 // stride) ** 2))), set()
+
+    def look(model, step, steps):
+        seen.add(model[0].weight.is_contiguous(memory_format=torch.channels_last))
+
+    pu.fit(model, data, epochs=1, lr=0.01, on_step=look)
+    assert seen == {last} and model[0].weight.is_contiguous()
+
+
+def test_strided_1x1_convolutions_of_few_channels_train_as_in_plain_torch():
+    code = """
+import torch, pruneutils as pu
+from torch import nn
+x, y = torch.randn(96, 3, 32, 32), torch.randint(16, (96,))
+for channels in (2, 3, 4, 6):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 16, 1, 2)
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    weight = model[2].weight.detach().clone()
+    loss = nn.functional.cross_entropy(model(x), y)
+    gradient, = torch.autograd.grad(loss, model[2].weight)
+    for _ in range(3):
+        model[2].weight.data.copy_(weight)
+        pu.fit(model, (x, y), batch_size=96, epochs=1, optimizer=lambda p: torch.optim.SGD([list(p)[2]], lr=1))
+        torch.testing.assert_close(weight - model[2].weight, gradient, rtol=1e-3, atol=1e-5)
+print("alive")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "alive\n", f"exit code {ended.returncode}: {ended.stderr}"
