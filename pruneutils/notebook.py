@@ -6,6 +6,7 @@ executes one as far as its sweep, whose runs are kept in results/: it can be sto
 
 import argparse
 import hashlib
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -71,6 +72,8 @@ def execute(path: Path, output: Path | None = None, parameters: dict | None = No
     import nbformat
     import papermill
 
+    # it reads `a = 1` as a parameter but not `a, b = 1, 2`, and warns of the b that is passed
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     path, output = Path(path).resolve(), Path(output or path).resolve()
     if until is None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # a stored progress bar is a dead widget

@@ -65,6 +65,7 @@ def call(path, *options):
     process = start(path, *options)
     told, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    assert "unknown parameter" not in errors
     return told
 
 
