@@ -44,11 +44,16 @@ def store(name: str) -> Path | None:
 
 
 def recorded(name: str) -> dict:
-    """The finished runs of a notebook's larger sizes that results/ holds, {size: DataFrame}, each in a fixed order."""
+    """The finished runs of a notebook's larger sizes that results/ holds, {size: DataFrame}; says so if there are none.
+
+    The runs of a size are in the order of their start.
+    """
     from .experiments import load
 
     folders = {size: Path("../results") / f"{name}_{size}" for size in SIZES[1:]}
     frames = {size: load(folder) for size, folder in folders.items() if any(folder.glob("*.json"))}
+    if not frames:
+        print(f"nothing is recorded in results/ yet; this does: make study NAME={name} SIZE=medium")
     return {size: frame[frame.status == "done"] for size, frame in frames.items()}
 
 

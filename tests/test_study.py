@@ -117,3 +117,10 @@ def test_sizes_and_the_names_of_pictures(monkeypatch):
     monkeypatch.setenv("PRUNEUTILS_SIZE", "ful")
     with pytest.raises(ValueError, match="'ful'; did you mean 'full'"):
         notebook.size()
+
+
+def test_says_how_to_record_what_is_not(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert notebook.recorded("toy") == {}
+    assert "make study NAME=toy SIZE=medium" in capsys.readouterr().out
