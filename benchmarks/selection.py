@@ -33,11 +33,11 @@ def resnet50_layers():
 def measure(method, sparsity):
     """Prune four times in this process; CPU and wall seconds of the first and the others, MB by which the peak grew."""
     import torch
+    from pruneutils.selection import select
     from torch import nn
     from torch.nn.utils import prune as torch_prune
 
     import pruneutils as pu
-    from pruneutils.selection import select
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -1,13 +1,12 @@
 """Neural network pruning for research: masks, criteria, schedules, experiments. `import pruneutils as pu`."""
 
-import importlib
+from typing import TYPE_CHECKING
 
-from .backward import backward_pruned
+import lazy_loader
+
 from .checkpoints import load, save
 from .controls import inverted, overlap, overlap_matrix, redraw, shuffle_masks
 from .costs import cost, cost_table
-from .criteria import criterion, dead_weights, list_criteria, scores
-from .dynamic import drop_fraction_at, dynamic_sparsity, regrow
 from .model_utils import (
     Count,
     Masks,
@@ -21,36 +20,102 @@ from .model_utils import (
     set_masks,
 )
 from .pruning import (
+    Block,
     LayerCollapseWarning,
+    NofM,
     TiedScoresWarning,
+    Tiles,
+    criterion,
+    dead_weights,
     erk_sparsities,
+    granularity,
+    list_criteria,
     prune,
     prune_threshold,
+    schedule,
+    scope,
+    scores,
     sparsity_at,
 )
-from .training import DivergenceError, fit, gradual, lottery_ticket, trained
+from .training import (
+    DivergenceError,
+    backward_pruned,
+    drop_fraction_at,
+    dynamic_sparsity,
+    fit,
+    gradual,
+    lottery_ticket,
+    regrow,
+    trained,
+)
+
+if TYPE_CHECKING:
+    from . import data, experiments, models, notebook, plots, widgets
+    from .experiments import statistics
 
 __version__ = "0.1.0"
 
-# heavier ones, imported when first used
-_MODULES = (
-    "data",
-    "experiments",
-    "models",
-    "notebook",
-    "plots",
-    "statistics",
-    "widgets",
+# These import pandas, scipy, matplotlib or ipywidgets, so each is imported when it is first used.
+__getattr__, _, _ = lazy_loader.attach(
+    __name__,
+    submodules={"data", "experiments", "models", "notebook", "plots", "widgets"},
+    submod_attrs={"experiments": ["statistics"]},
 )
 
-__all__ = [name for name in dir() if not name.startswith("_") and name != "importlib"] + list(_MODULES)
+__all__ = [
+    "Block",
+    "Count",
+    "DivergenceError",
+    "LayerCollapseWarning",
+    "Masks",
+    "NofM",
+    "TiedScoresWarning",
+    "Tiles",
+    "accuracy",
+    "backward_pruned",
+    "cost",
+    "cost_table",
+    "count",
+    "criterion",
+    "data",
+    "dead_weights",
+    "drop_fraction_at",
+    "dynamic_sparsity",
+    "erk_sparsities",
+    "experiments",
+    "fit",
+    "get_masks",
+    "gradual",
+    "granularity",
+    "inverted",
+    "layer_table",
+    "list_criteria",
+    "load",
+    "lottery_ticket",
+    "make_permanent",
+    "models",
+    "notebook",
+    "overlap",
+    "overlap_matrix",
+    "plots",
+    "prunable_weights",
+    "prune",
+    "prune_threshold",
+    "redraw",
+    "regrow",
+    "restore",
+    "save",
+    "schedule",
+    "scope",
+    "scores",
+    "set_masks",
+    "shuffle_masks",
+    "sparsity_at",
+    "statistics",
+    "trained",
+    "widgets",
+]
 
 
-def __getattr__(name):
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

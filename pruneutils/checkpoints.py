@@ -1,7 +1,6 @@
 """Pruned models as safetensors: plain data that loads into the plain class and cannot run code."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import models
-from .model_utils import get_masks, make_permanent, nearest, prunable_weights, set_masks
+from ._checks import nearest
+from ._files import written_whole
+from .model_utils import get_masks, make_permanent, prunable_weights, set_masks
 
 _BITS, _KEPT = "#mask", "#kept"  # what stands for a pruned weight in a file: packed bits, and the values kept
 
@@ -37,17 +38,8 @@ def save(model: nn.Module, path, **facts) -> Path:
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     recipe = getattr(model, "recipe", None)
     metadata = {"format": "pruneutils", "shapes": json.dumps(shapes), "facts": facts, "recipe": json.dumps(recipe)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
+    with written_whole(path) as part:
         save_file(tensors, part, metadata)
-        part.chmod(mode)  # safetensors makes files that only their owner can read
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
     return path
 
 

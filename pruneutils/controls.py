@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import criteria
 from .model_utils import Masks, attach_masks, get_masks, layer_name
+from .pruning import criteria
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -71,8 +71,8 @@ def inverted(criterion: str | Callable = "magnitude", **options) -> Callable[...
     """
 
     def score(model, data=None, loss_fn=None, seed=0):
-        _, forward = criteria.prepare(criterion, data, loss_fn, seed, options)
-        return {name: -values for name, values in forward(model).items()}
+        chosen = criteria.bind(criterion, data, loss_fn, seed, options)
+        return {name: -values for name, values in chosen.call(model).items()}
 
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
     score.__name__ = f"inverted {name}"

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .model_utils import device_of, get_masks, layer_name, layer_table, prunable_weights
+from ._torch import device_of, in_mode
+from .model_utils import get_masks, layer_name, layer_table, prunable_weights
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _count_macs(model, inputs) -> tuple[pd.DataFrame, int]:
     counter = FlopCounterMode(display=False)
     hooks = [module.register_forward_hook(listen) for module in layers]
     try:
-        with _evaluating(model), _countable(), counter:
+        with torch.no_grad(), in_mode(model, training=False), _countable(), counter:
             model(inputs[:1].to(device_of(model)))
     finally:
         for hook in hooks:
@@ -139,26 +140,13 @@ def _countable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _latency(model, inputs, repeats) -> tuple[float, float]:
     """Median and interquartile range of the seconds of a forward pass."""
     device = device_of(model)
     inputs = inputs.to(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = []
-    with _evaluating(model):
+    with torch.no_grad(), in_mode(model, training=False):
         for _ in range(3 + repeats):
             wait()
             start = time.perf_counter()

@@ -4,12 +4,9 @@ A mask belongs to one parameter. It is kept beside the parameter in its module, 
 stays an ordinary one; a hook that torch runs after every optimizer step sets masked weights back to zero.
 """
 
-import contextlib
-import difflib
 import fnmatch
 import weakref
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +14,9 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ._checks import nearest
+from ._torch import batches, device_of, in_mode
 
 _PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -110,13 +110,6 @@ def match_layers(names: Iterable[str], patterns: Iterable[str], argument: str) -
         for name in fits:
             found.setdefault(name, pattern)
     return found
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known names, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=3)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(map(str, known))}"
 
 
 # --- Masks on a model ------------------------------------------------------------------------------------------------
@@ -301,56 +294,6 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
         for name, (weight, kept) in _kept(model).items()
     ]
     return pd.DataFrame(rows, columns=["layer", "shape", "total", "kept", "sparsity"])
-
-
-def batches(data) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The (inputs, targets) batches of `data`, which may be one such pair; TypeError if it is neither."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(part) for part in data):
-        data = [data]
-    if torch.is_tensor(data) or not isinstance(data, Iterable):
-        raise TypeError(f"data must be one (inputs, targets) pair of tensors or an iterable of them, not {type(data)}")
-    for batch in data:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(torch.is_tensor(part) for part in batch)):
-            raise TypeError(f"a batch must be an (inputs, targets) pair of tensors, not {type(batch)}")
-        yield tuple(batch)
-
-
-def seed_device(device: torch.device, seed: int) -> None:
-    """Seed the CPU and `device`; torch.manual_seed would reseed all other GPUs too, which nobody puts back."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-def generator(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator for one purpose: the plain seed may have drawn the very weights that are to be pruned."""
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + zlib.crc32(purpose.encode())) % 2**32)
-
-
-@contextlib.contextmanager
-def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """Inside, the random numbers of the CPU and of `device` start from `seed`; outside, nothing has happened."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        seed_device(device, seed)
-        yield
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every module in train or eval mode inside, and each in its own again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter, the CPU for a model without any."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @torch.no_grad()

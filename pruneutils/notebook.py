@@ -11,7 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .model_utils import nearest
+from ._checks import nearest
 
 SIZES = ("quick", "medium", "full")
 

@@ -16,13 +16,13 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
 
-from . import criteria, plots, pruning
+from . import _checks, plots
+from ._torch import batches
 from .costs import cost, cost_table
 from .model_utils import (
     Masks,
     accuracy,
     attach_masks,
-    batches,
     get_masks,
     layer_name,
     layer_table,
@@ -31,8 +31,8 @@ from .model_utils import (
     prunable_weights,
     set_masks,
 )
-from .ranking import Blocks, rank
-from .selection import n_of_m, select_n_of_m
+from .pruning import criteria, granularities, plan
+from .pruning.scopes import SCOPES
 
 _BATCH = 500  # images evaluated at a time: between two of them the panel listens
 _PAUSE = 0.3  # seconds a choice has to stand before all of the data is evaluated
@@ -81,13 +81,14 @@ class SparsityExplorer(ipywidgets.VBox):
 
     def __init__(self, model, data, scoring_data, choice, choices, exclude, subset, loss_fn, seed, style):
         criterion, sparsity, scope, granularity = choice
-        pruning.check_fraction("sparsity", sparsity)
-        pruning.check_name("scope", scope, pruning.SCOPES)
+        _checks.fraction("sparsity", sparsity)
         weights = prunable_weights(model, exclude)
-        granularities = ["weight", "kernel", "filter"]
-        granularities += ["2:4"] if all(weight.shape[1] % 4 == 0 for weight in weights.values()) else []
-        granularities += [granularity] if ":" in granularity and granularity not in granularities else []
-        pruning.check_name("granularity", granularity, granularities)
+        fits_2_of_4 = all(weight.shape[1] % 4 == 0 for weight in weights.values())
+        kinds = dict.fromkeys([*granularities.GRANULARITIES, *(["2:4"] if fits_2_of_4 else []), granularity])
+        kinds = [(str(kind), kind) for kind in kinds]
+        scopes = [(getattr(each, "__name__", each), each) for each in dict.fromkeys([*SCOPES, scope])]
+        granularities.find(granularity)
+        _checks.choose("scope", scope, SCOPES)
         self.model, self.masks, self.ties = model, None, {}
         self._exclude, self._loss_fn, self._seed, self._style = exclude, loss_fn, seed, style
         self._data = list(data) if iter(data) is data else data
@@ -103,10 +104,8 @@ class SparsityExplorer(ipywidgets.VBox):
             sparsity, min=0, max=1, step=0.005, readout_format=".1%", description="sparsity", layout=wide, **named
         )
         self.criterion = ipywidgets.Dropdown(options=options, value=criterion, description="criterion", **named)
-        self.scope = ipywidgets.Dropdown(options=pruning.SCOPES, value=scope, description="scope", **named)
-        self.granularity = ipywidgets.Dropdown(
-            options=granularities, value=granularity, description="granularity", **named
-        )
+        self.scope = ipywidgets.Dropdown(options=scopes, value=scope, description="scope", **named)
+        self.granularity = ipywidgets.Dropdown(options=kinds, value=granularity, description="granularity", **named)
         self.button = ipywidgets.Button(description="Apply to the model", tooltip="Prune the model as shown")
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", max_width="1100px"))
         self.text = ipywidgets.HTML()
@@ -155,7 +154,7 @@ class SparsityExplorer(ipywidgets.VBox):
     @property
     def _key(self):
         """The present choice, by which results are cached."""
-        fixed = ":" in self.granularity.value
+        fixed = granularities.find(self.granularity.value).fixed_sparsity() is not None
         return self.criterion.value, self.scope.value, self.granularity.value, None if fixed else self.slider.value
 
     def _select(self) -> Masks:
@@ -163,19 +162,15 @@ class SparsityExplorer(ipywidgets.VBox):
         self.masks, self.ties = None, {}
         self._refresh()
         criterion, scope, granularity, sparsity = self._key
-        weights = prunable_weights(self.model, self._exclude)
-        pruning.check_not_transposed(self.model, weights, granularity)
-        groups = pruning.competitions(weights, sparsity, scope, granularity)
-        for names, target in groups:
-            pruning.check_not_less(names, target, weights, self._present, granularity)
+        contest = plan(self.model, sparsity, scope, granularity, self._exclude)
         keep, ties = {}, {}
-        for ranking, (_, target) in zip(self._rankings(criterion, scope, granularity, groups), groups):
-            going = ranking.cut(target)
-            keep |= ranking.masks(going)
-            ties |= ranking.ties(going)
+        for ranking, (_, target) in zip(self._rankings(criterion, contest), contest.groups):
+            n_units = ranking.cut(target)
+            keep |= ranking.masks(n_units)
+            ties |= ranking.ties(n_units)
         masks = dict(self._present)
         for name, mask in keep.items():
-            masks[name] = mask.to(weights[name].device).expand(weights[name].shape) & masks.get(name, _TRUE)
+            masks[name] = mask.to(contest.weights[name].device) & masks.get(name, _TRUE)
         self.ties, self.masks = ties, Masks({name: masks[name] for name in self._positions})
         with torch.no_grad():
             sources = prunable_weights(self.model)
@@ -185,19 +180,19 @@ class SparsityExplorer(ipywidgets.VBox):
                 held.apply()
         return self.masks
 
-    def _rankings(self, criterion, scope, granularity, groups) -> list:
+    def _rankings(self, criterion, contest) -> list:
         """One ranking for each of the competing groups: sorted when first asked for."""
-        key = criterion, granularity, scope == "global"
+        key = criterion, contest.unit, str([names for names, _ in contest.groups])
         if key not in self._ranked:
             if criterion not in self._scores:
                 options = {"loss_fn": self._loss_fn, "seed": self._seed, "exclude": self._exclude}
                 self._scores[criterion] = criteria.scores(self.model, criterion, self.scoring_data, **options)
                 self._seen = self._state()  # scoring writes buffers back
-            parts = [{name: self._scores[criterion][name] for name in names} for names, _ in groups]
-            if ":" in granularity:
-                self._ranked[key] = [Blocks(select_n_of_m(part, *n_of_m(granularity), self._present)) for part in parts]
-            else:
-                self._ranked[key] = [rank(part, granularity, self._present) for part in parts]
+            self._ranked[key] = []
+            for names, _ in contest.groups:
+                present = {name: contest.present[name] for name in names if name in contest.present}
+                mine = {name: self._scores[criterion][name] for name in names}
+                self._ranked[key].append(contest.unit.rank(mine, present))
         return self._ranked[key]
 
     def _state(self):
@@ -244,7 +239,7 @@ class SparsityExplorer(ipywidgets.VBox):
 
     def _show(self):
         self._stop()
-        self.slider.disabled = ":" in self.granularity.value
+        self.slider.disabled = granularities.find(self.granularity.value).fixed_sparsity() is not None
         self._select()
         if self._key not in self._quick:
             self._quick[self._key] = accuracy(self._twin, self._subset)
@@ -358,7 +353,7 @@ def _few(data, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"subset must be at least 1, not {n!r}")
     if hasattr(data, "batch"):
         return data.batch(min(n, len(data)))
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(part) for part in data):
+    if _checks.is_pair(data):
         inputs, targets = data
         places = torch.arange(min(n, len(targets))) * len(targets) // min(n, len(targets))
         return inputs[places.to(inputs.device)], targets[places.to(targets.device)]

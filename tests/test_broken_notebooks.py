@@ -14,19 +14,20 @@ from pruneutils.notebook import source_of
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 REVERSED = """
-from pruneutils import criteria, pruning
+import torch
+from pruneutils.pruning import criteria, granularities
 
-right_scores, right_select = criteria.scores, pruning._select
+right_score, right_select = criteria.score, granularities.Weight.select
 
-def wrong_scores(*args, **options):
-    return {name: -score for name, score in right_scores(*args, **options).items()}
+def wrong_score(*args):
+    return {name: -score for name, score in right_score(*args).items()}
 
-def wrong_select(scores, k, alive, granularity, normalize, transform):
+def wrong_select(self, scores, k, alive, normalize=True, transform=None):
     if transform is not None:
         scores = {name: -transform(score) for name, score in scores.items()}
-    return right_select(scores, k, alive, granularity, normalize, None)
+    return right_select(self, scores, k, alive, normalize)
 
-criteria.scores, pruning._select = wrong_scores, wrong_select
+criteria.score, granularities.Weight.select = wrong_score, wrong_select
 """
 
 

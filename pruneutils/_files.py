@@ -1,0 +1,30 @@
+"""Files that appear whole or not at all, and where the repository keeps its folders."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Write to the path given inside; it takes the place of `path` when the block ends without an error.
+
+    A reader meets the old file or the new one, never half of one, also if the process is killed or the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # some writers make files that only their owner can read
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,60 @@
+"""Small things about torch that several rooms need: devices, modes, random states, batches."""
+
+import contextlib
+import zlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from ._checks import is_pair
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter, the CPU for a model without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module into train or eval mode inside, and each back into its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def batches(data: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the (inputs, targets) batches of `data`, which may be one such pair; TypeError if it is neither."""
+    if is_pair(data):
+        data = [data]
+    if torch.is_tensor(data) or not isinstance(data, Iterable):
+        raise TypeError(f"data must be one (inputs, targets) pair of tensors or an iterable of them, not {type(data)}")
+    for batch in data:
+        if not is_pair(batch):
+            raise TypeError(f"a batch must be an (inputs, targets) pair of tensors, not {type(batch)}")
+        yield tuple(batch)
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed the CPU and `device`; torch.manual_seed would reseed all other GPUs too, which nobody puts back."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """Return a CPU generator for one purpose: the plain seed may have drawn the very weights that are to be pruned."""
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + zlib.crc32(purpose.encode())) % 2**32)
+
+
+@contextlib.contextmanager
+def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """Start the random numbers of the CPU and of `device` from `seed` inside; outside, nothing has happened."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seed_device(device, seed)
+        yield

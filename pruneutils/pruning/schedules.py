@@ -1,0 +1,75 @@
+"""How the sparsity gets there: a schedule maps progress in [0, 1] to a sparsity between a start and a target.
+
+A schedule is a function `(progress, start, target) -> sparsity`; all four are fractions.
+"""
+
+from collections.abc import Callable
+
+from .._checks import choose
+
+Schedule = Callable[[float, float, float], float]
+SCHEDULES: dict[str, Schedule] = {}
+
+
+def schedule(function: Schedule) -> Schedule:
+    """Register a schedule under the name of its function.
+
+    Args:
+        function: `(progress, start, target) -> sparsity`: the sparsity at `progress` in [0, 1], which is `start` at 0
+            and `target` at 1. All are fractions.
+
+    Returns:
+        The same function.
+
+    Example:
+        >>> @pu.schedule
+        ... def late(progress, start, target):
+        ...     return start + (target - start) * progress**3
+        >>> pu.sparsity_at(0.5, 0.8, schedule="late")
+        0.1
+    """
+    SCHEDULES[function.__name__] = function
+    return function
+
+
+@schedule
+def exponential(progress: float, start: float, target: float) -> float:
+    """Remove the same share of what is left in every step (Tanaka et al. 2020)."""
+    return 1 - (1 - start) ** (1 - progress) * (1 - target) ** progress
+
+
+@schedule
+def linear(progress: float, start: float, target: float) -> float:
+    """Remove the same number of weights in every step."""
+    return start + (target - start) * progress
+
+
+@schedule
+def cubic(progress: float, start: float, target: float) -> float:
+    """Remove most at first and little at the end: target + (start - target) (1 - t)^3 (Zhu and Gupta 2017)."""
+    return target + (start - target) * (1 - progress) ** 3
+
+
+def sparsity_at(
+    progress: float, sparsity: float, start: float = 0.0, schedule: str | Schedule = "exponential"
+) -> float:
+    """Compute the sparsity that a schedule has reached.
+
+    Args:
+        progress: How much of the way is done, in [0, 1].
+        sparsity: The sparsity at the end, a fraction.
+        start: The sparsity at the beginning, a fraction.
+        schedule: "exponential", "linear", "cubic", another registered name, or a function
+            `(progress, start, target) -> sparsity`.
+
+    Returns:
+        The sparsity, a fraction.
+
+    Raises:
+        ValueError: If no schedule has this name.
+
+    Example:
+        >>> [round(pu.sparsity_at(step / 3, 0.875), 3) for step in (1, 2, 3)]
+        [0.5, 0.75, 0.875]
+    """
+    return choose("schedule", schedule, SCHEDULES)(progress, start, sparsity)

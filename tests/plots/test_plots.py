@@ -1,0 +1,442 @@
+import math
+import warnings
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from scipy import stats  # noqa: E402
+from torch import nn  # noqa: E402
+
+from pruneutils import plots  # noqa: E402
+from pruneutils.model_utils import layer_table, make_permanent, prunable_weights, set_masks  # noqa: E402
+from pruneutils.plots import weights as plots_weights  # noqa: E402
+from pruneutils.plots.look import percent  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_figure_or_setting_is_left_behind():
+    settings_before = matplotlib.rcParams.copy()
+    yield
+    assert matplotlib.rcParams == settings_before
+    plt.close("all")
+
+
+def network(seed=0, sizes=(20, 15, 12, 10)):
+    torch.manual_seed(seed)
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)])
+
+
+def pruned(model, density=0.3, empty=()):
+    weights = prunable_weights(model)
+    masks = {n: torch.rand_like(w) < (0 if n in empty else density) for n, w in weights.items()}
+    set_masks(model, masks)
+    return masks
+
+
+def runs(methods=("magnitude", "snip"), sparsities=(0.5, 0.9, 0.98), seeds=4):
+    noise = np.random.default_rng(0)
+    return pd.DataFrame(
+        {"method": m, "sparsity": s, "seed": k, "flops": 1e6 * (1 - s), "accuracy": 0.9 - s / 5 + noise.normal(0, 0.01)}
+        for m in methods
+        for s in sparsities
+        for k in range(seeds)
+    )
+
+
+OVERLAP = pd.DataFrame([[1, 0.4], [0.4, 1]], ["snip", "grasp"], ["snip", "grasp"])
+
+
+def table(empty=("0.weight",)):
+    model = network()
+    pruned(model, empty=empty)
+    return layer_table(model)
+
+
+PICTURES = {
+    "layer_histograms": lambda **o: plots.layer_histograms(network(), network(1).state_dict(), **o),
+    "ridge": lambda **o: plots.layer_histograms(network(), network(1), kind="ridge", **o),
+    "layer_bars": lambda **o: plots.layer_bars(table(), **o),
+    "sparsity_heatmap": lambda **o: plots.sparsity_heatmap({"snip": table(), "grasp": table(())}, **o),
+    "mask_overlap": lambda **o: plots.mask_overlap(OVERLAP, **o),
+    "accuracy_vs_sparsity": lambda **o: plots.accuracy_vs_sparsity(runs(), dense=[0.9, 0.91, 0.92], **o),
+    "curves": lambda **o: plots.curves(runs().assign(epoch=lambda f: f["sparsity"]), y="accuracy", by="method", **o),
+    "accuracy_vs_flops": lambda **o: plots.accuracy_vs_flops(runs(), **o),
+    "score_distribution": lambda **o: plots.score_distribution(torch.arange(-5.0, 50), 1.0, **o),
+}
+
+
+# --- What every picture does -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_returns_its_axes_in_the_style_asked_for(name):
+    for style, canvas in (("light", "#ffffff"), ("dark", "#0d1117")):
+        ax = PICTURES[name](style=style)
+        ax.figure.draw_without_rendering()
+        assert isinstance(ax, Axes)
+        assert matplotlib.colors.to_hex(ax.figure.get_facecolor()) == canvas
+    assert len(plt.get_fignums()) == 2
+    with plots.style("dark"):
+        assert matplotlib.colors.to_hex(PICTURES[name]().figure.get_facecolor()) == "#0d1117"
+    assert matplotlib.colors.to_hex(PICTURES[name]().figure.get_facecolor()) == "#ffffff"
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_drawn_into_given_axes_makes_no_figure(name):
+    ax = Figure().add_subplot(projection="3d" if name == "layer_histograms" else None)
+    assert PICTURES[name](ax=ax, style="dark") is ax
+    assert matplotlib.colors.to_hex(ax.get_facecolor()) == "#0d1117"
+    ax.figure.draw_without_rendering()
+    inks = {matplotlib.colors.to_hex(t.get_color()) for t in [*ax.get_xticklabels(), *ax.get_yticklabels()]}
+    assert ax.name == "3d" or "#000000" not in inks
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("name", ["layer_histograms", "accuracy_vs_sparsity"])
+def test_saving_writes_png_svg_and_dark_the_same_each_time(name, tmp_path):
+    written = []
+    for folder in ("a", "b"):
+        PICTURES[name](save=tmp_path / folder / "at_0.9")
+        written.append({p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()})
+    assert set(written[0]) == {"at_0.9.png", "at_0.9.svg", "at_0.9_dark.png"}
+    assert written[0] == written[1]
+    assert written[0]["at_0.9.png"] != written[0]["at_0.9_dark.png"]
+    assert b"dc:date" not in written[0]["at_0.9.svg"] and b"Software" not in written[0]["at_0.9.png"]
+    assert len(plt.get_fignums()) == 2  # the dark twins are no pyplot figures
+
+
+def test_saving_is_the_same_whichever_style_is_shown(tmp_path):
+    for style in ("light", "dark"):
+        plots.layer_bars(table(), style=style, save=tmp_path / style)
+    for suffix in (".png", ".svg", "_dark.png"):
+        assert (tmp_path / f"light{suffix}").read_bytes() == (tmp_path / f"dark{suffix}").read_bytes()
+
+
+def test_save_takes_a_figure_and_one_suffix(tmp_path):
+    ax = plots.layer_bars(table())
+    assert plots.save(ax, tmp_path / "x.svg") == [tmp_path / "x.svg"]
+    assert plots.save(ax.figure, str(tmp_path / "y")) == [tmp_path / "y.png", tmp_path / "y.svg"]
+
+
+def test_an_error_leaves_no_figure():
+    for call, message in (
+        (lambda: plots.layer_bars(table(), style="drak"), "did you mean 'dark'"),
+        (lambda: plots.layer_bars(table().drop(columns="kept")), "no column 'kept'"),
+        (lambda: plots.layer_histograms(network(), kind="4d"), "kind='4d'.*3d"),
+        (lambda: plots.layer_histograms(network(), ax=Figure().add_subplot()), "3d"),
+        (lambda: plots.accuracy_vs_sparsity(runs(), interval="std"), "interval='std'"),
+        (lambda: plots.accuracy_vs_sparsity(runs(), y="acuracy"), "did you mean 'accuracy'"),
+        (lambda: plots.accuracy_vs_sparsity(runs(sparsities=(0.5, 1.0))), "below 1"),
+        (lambda: plots.score_distribution({"a": torch.tensor([1, math.nan])}), "a holds values that are not finite"),
+        (lambda: plots.score_distribution({}), "empty"),
+        (lambda: plots.mask_overlap(OVERLAP * 2), r"\[0, 1\]"),
+        (lambda: plots.sparsity_heatmap({"a": pd.concat([table(), table()])}), "more than once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="dict"):
+        plots.mask_overlap({})
+    assert plt.get_fignums() == []
+
+
+def test_colours_do_not_depend_on_the_order_or_the_company_of_known_methods():
+    names = ["snip", "mine", "magnitude", "yours", "random"]
+    looks = plots.method_styles(names)
+    assert looks == plots.method_styles(names[::-1])
+    assert plots.method_styles(["snip"])["snip"] == looks["snip"]
+    many = plots.method_styles([f"m{i}" for i in range(30)]).values()
+    assert len({(look["color"], look["marker"]) for look in many}) == 30
+    numbers = plots.method_styles([8, 1, 4])
+    assert list(numbers) == [1, 4, 8] and len({look["color"] for look in numbers.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    "fraction, text",
+    [(0, "0 %"), (1e-6, "<0.1 %"), (0.012, "1.2 %"), (0.5, "50 %"), (0.9999, ">99.9 %"), (1, "100 %")],
+)  # fmt: skip
+def test_only_nothing_is_zero_percent_and_only_all_is_a_hundred(fraction, text):
+    assert percent(fraction) == text
+
+
+# --- Layer histograms ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 1), st.sampled_from([None, 1, 30]), st.sampled_from(["float32", "float64"]))
+def test_counts_are_numpys_on_the_weights_that_the_mask_keeps(seed, density, bins, dtype):
+    model = network(seed, (30, 40, 7)).to(getattr(torch, dtype))
+    with torch.no_grad():
+        model[0].weight[0, :3] = 0  # kept weights that happen to be zero count too
+    before = {name: weight.detach().clone() for name, weight in prunable_weights(model).items()}
+    masks = pruned(model, density)
+    for layer, (name, mask) in zip(plots.weight_histograms(model, before, bins), masks.items(), strict=True):
+        kept, all_weights = before[name][mask].numpy(), before[name].numpy()
+        assert np.array_equal(layer.counts, np.histogram(kept, layer.edges)[0])
+        assert np.array_equal(layer.before, np.histogram(all_weights, layer.edges)[0])
+        assert layer.kept == int(mask.sum()) and layer.before.sum() == layer.total == mask.numel()
+        assert (layer.counts <= layer.before).all()
+        # No bin is shifted: the inner edges divide [-limit, limit] evenly.
+        width = 2 * layer.limit / len(layer.counts)
+        assert np.allclose(
+            layer.edges[1:-1], -layer.limit + width * np.arange(1, len(layer.counts)), rtol=1e-5, atol=1e-7
+        )
+        assert len(layer.counts) == (bins or min(max(int(2.2 * math.sqrt(layer.total)), 19), 81) // 2 * 2 + 1)
+
+
+@pytest.fixture
+def ridges(monkeypatch):
+    """(vertices (n, 3), zorder) of each 3D ridge drawn: a collection does not give its vertices back unpadded."""
+    drawn, kind = [], plots_weights.Poly3DCollection
+
+    def record(outlines, **look):
+        drawn.append((np.concatenate(outlines), look["zorder"]))
+        return kind(outlines, **look)
+
+    monkeypatch.setattr(plots_weights, "Poly3DCollection", record)
+    return drawn
+
+
+@pytest.mark.parametrize("kind", ["3d", "ridge"])
+def test_what_is_drawn_are_the_counts_on_one_scale(kind, ridges):
+    model = network()
+    before = {name: weight.detach().clone() for name, weight in prunable_weights(model).items()}
+    pruned(model, 0.4)
+    ax = plots.layer_histograms(model, before, kind=kind)
+    first = plots.weight_histograms(model, before)[0]
+    if kind == "3d":
+        assert len(ridges) == 6
+        tops = [{round(float(z), 6) for z in vertices[:, 2]} - {0} for vertices, _ in ridges[:2]]
+        assert all(np.isin(vertices[:, 0], first.edges.astype(float)).all() for vertices, _ in ridges[:2])
+    else:
+        stairs = [p.get_data().values - 2 for p in ax.patches[:2]]
+        tops = [{round(float(z) / 1.35, 6) for z in values} - {0} for values in stairs]
+        assert np.allclose(ax.patches[0].get_data().edges[1:-1], first.edges[1:-1])
+    peak = first.before.max()
+    assert tops[0] == {round(n / peak, 6) for n in first.before if n}
+    assert tops[1] == {round(n / peak, 6) for n in first.counts if n}
+
+
+def test_without_a_mask_zeros_are_what_was_pruned():
+    model = network()
+    masks = pruned(model)
+    make_permanent(model)
+    assert [layer.kept for layer in plots.weight_histograms(model)] == [int(m.sum()) for m in masks.values()]
+
+
+@pytest.mark.parametrize("kind", ["3d", "ridge"])
+@pytest.mark.parametrize("before", [None, network()])
+@pytest.mark.parametrize("empty", [("2.weight",), ("0.weight", "1.weight", "2.weight")])
+def test_an_empty_layer_is_shown_as_empty(kind, before, empty):
+    model = network()
+    pruned(model, empty=empty)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = plots.layer_histograms(model, before, kind=kind)
+        ax.figure.canvas.draw()
+    lit = [t.get_text() for t in ax.texts if matplotlib.colors.to_hex(t.get_color()) == "#d55e00"]
+    assert len(lit) == len(empty) and all(text.split()[-2:] == ["0", "%"] for text in lit)
+
+
+def test_one_outlier_does_not_set_the_axis_and_is_still_counted():
+    model = nn.Sequential(nn.Linear(100, 100))
+    with torch.no_grad():
+        model[0].weight[3, 4] = 1000
+    (layer,) = plots.weight_histograms(model)
+    assert layer.limit < 1 and layer.kept == 10_000 and layer.counts[-1] >= 1
+    assert plots.layer_histograms(model).get_xlim()[1] < 1
+
+
+def test_before_must_name_every_layer_and_be_finite():
+    before = network().state_dict()
+    del before["1.weight"]
+    with pytest.raises(ValueError, match="before has no '1.weight'"):
+        plots.weight_histograms(network(), before)
+    before["1.weight"] = torch.full((12, 15), math.inf)
+    with pytest.raises(ValueError, match="before: 1.weight.*not finite"):
+        plots.weight_histograms(network(), before)
+    with pytest.raises(ValueError, match="bins=0"):
+        plots.weight_histograms(network(), bins=0)
+
+
+def test_many_layers_are_labelled_sparsely_but_empty_ones_always():
+    model = network(0, (8,) * 41)
+    pruned(model, 0.5, empty=("7.weight", "8.weight"))
+    labels = [t.get_text() for t in plots.layer_histograms(model).texts]
+    assert {"7  0 %", "8  0 %"} <= set(labels) and len(labels) < 25
+
+
+def test_layers_are_drawn_from_the_back_to_the_front(ridges):
+    ax = plots.layer_histograms(network(), network(1))
+    depths, orders = [vertices[0, 1] for vertices, _ in ridges], [order for _, order in ridges]
+    assert depths == [2, 2, 1, 1, 0, 0] and orders == sorted(set(orders))
+    assert not ax.computed_zorder
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_bars_have_the_densities_and_collapsed_layers_are_lit():
+    data = table(empty=("1.weight",))
+    ax = plots.layer_bars(data)
+    bars, lit = ax.containers
+    assert [bar.get_width() for bar in bars] == list(data["kept"] / data["total"])
+    assert len(lit) == 1 and lit[0].get_hatch() and lit[0].get_y() == bars[1].get_y()
+    assert "0 %: collapsed" in [t.get_text() for t in ax.texts]
+
+
+def test_heat_map_has_a_cell_for_each_sparsity_and_crosses_out_what_collapsed():
+    tables = {"snip": table(), "grasp": table(())}
+    ax = plots.sparsity_heatmap(tables)
+    texts = [t.get_text() for t in ax.texts]
+    assert texts[0] == "×" and texts.count("×") == 1
+    expected = [f"{math.floor(1000 * s) / 10:.1f}" for t in tables.values() for s in t["sparsity"]]
+    assert texts[1:] == expected[1:]
+    shade = ax.images[0].get_array()
+    assert shade.mask[0, 0] and shade.mask.sum() == 1
+    assert np.allclose(shade[1], -np.log10(1 - tables["grasp"]["sparsity"]))
+    tidy = pd.concat([t.assign(method=name) for name, t in tables.items()])
+    assert [t.get_text() for t in plots.sparsity_heatmap(tidy).texts] == texts
+
+
+def test_overlap_numbers():
+    assert [t.get_text() for t in plots.mask_overlap(OVERLAP).texts] == ["1.00", "0.40", "0.40", "1.00"]
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def error_bars(ax):
+    """{label: (x, mean, low, high)} as drawn."""
+    drawn = {}
+    for bars in ax.containers:
+        segments = np.array(bars.lines[2][0].get_segments())
+        x, mean = bars.lines[0].get_data()
+        drawn[bars.get_label()] = (x, mean, segments[:, 0, 1], segments[:, 1, 1])
+    return drawn
+
+
+@pytest.mark.parametrize("interval", ["t", "minmax"])
+def test_error_bars_are_the_interval_that_the_legend_names(interval):
+    frame = runs().sample(frac=1, random_state=1)
+    ax = plots.accuracy_vs_sparsity(frame, interval=interval)
+    for name, (x, mean, low, high) in error_bars(ax).items():
+        cells = [frame[(frame["method"] == name) & (frame["sparsity"] == s)]["accuracy"] for s in (0.5, 0.9, 0.98)]
+        assert list(x) == [0.5, 0.9, 0.98] and np.allclose(mean, [c.mean() for c in cells])
+        if interval == "t":
+            ends = [stats.t.interval(0.95, 3, c.mean(), stats.sem(c)) for c in cells]
+        else:
+            ends = [(c.min(), c.max()) for c in cells]
+        assert np.allclose(np.column_stack([low, high]), ends)
+    title = ax.get_legend().get_title().get_text()
+    assert "n = 4 seeds" in title and ("t-interval" if interval == "t" else "smallest") in title
+
+
+def test_several_curves_are_drawn_side_by_side_a_few_points_apart():
+    figure = Figure(dpi=144)  # two pixels a point
+    ax = plots.accuracy_vs_sparsity(runs(("magnitude", "snip", "random")), ax=figure.add_subplot())
+    ax.figure.draw_without_rendering()
+    exact = ax.transData.transform([(s, 0.8) for s in (0.5, 0.9, 0.98)])[:, 0]
+    shifts = []
+    for bars in ax.containers:
+        means = bars.lines[0].get_transform().transform(bars.lines[0].get_xydata())[:, 0]
+        caps = [cap.get_transform().transform(cap.get_xydata())[:, 0] for cap in bars.lines[1]]
+        (sticks,) = bars.lines[2]
+        sticks = sticks.get_transform().transform([segment[0] for segment in sticks.get_segments()])[:, 0]
+        assert len(caps) == 2 and np.allclose([*caps, sticks], means)
+        shifts.append((means - exact) / 2)
+    assert np.allclose(shifts, np.array([[-5], [0], [5]]) * np.ones(3))
+    low, high = plots.spread(ax.get_xlim())  # the limits are those of the exact places, the margins alike
+    assert np.isclose(plots.spread(0.5) - low, high - plots.spread(0.98))
+
+
+def test_a_single_curve_is_drawn_where_it_is():
+    (bars,) = plots.accuracy_vs_sparsity(runs(("snip",))).containers
+    assert all(artist.get_transform() == bars.lines[0].axes.transData for artist in bars.get_children())
+
+
+def test_a_single_run_has_no_interval_and_says_so():
+    ax = plots.accuracy_vs_sparsity(runs(seeds=1))
+    assert "no interval" in ax.get_legend().get_title().get_text()
+    assert all(not len(s) or np.isnan(s).any() for bars in ax.containers for s in bars.lines[2][0].get_segments())
+
+
+def test_the_axis_spreads_high_sparsities():
+    ax = plots.accuracy_vs_sparsity(runs(sparsities=(0, 0.5, 0.9, 0.95, 0.98, 0.99)))
+    ax.figure.draw_without_rendering()
+    place = ax.transData.transform([(s, 0.5) for s in (0, 0.9, 0.99)])[:, 0]
+    assert np.isclose(place[1] - place[0], place[2] - place[1])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["99 %", "98 %", "95 %", "90 %", "50 %", "0 %"]
+
+
+def test_rows_that_do_not_belong_together_are_refused():
+    with pytest.raises(ValueError, match="size"):
+        plots.accuracy_vs_sparsity(runs().assign(size=lambda f: np.where(f["seed"] > 1, "full", "quick")))
+    with pytest.raises(ValueError, match="seed"):
+        plots.accuracy_vs_sparsity(pd.concat([runs(), runs()]))
+    with pytest.raises(ValueError, match="seed"):
+        plots.accuracy_vs_sparsity(runs(), by=None)
+
+
+def test_curves_show_when_weights_were_pruned():
+    frame = pd.DataFrame(
+        {"method": m, "seed": k, "epoch": e, "test_accuracy": 0.5 + e / 100 + k / 50, "sparsity": 0.3 * (e // step)}
+        for m, step in (("snip", 3), ("grasp", 4))
+        for k in range(3)
+        for e in range(1, 9)
+    )
+    ax = plots.curves(frame, by="method")
+    ticks = [[float(s[0, 0]) for s in c.get_segments()] for c in ax.collections if hasattr(c, "get_segments")]
+    assert sorted(ticks) == [[3, 6], [4, 8]]
+    band = ax.collections[0].get_paths()[0].vertices
+    half = stats.t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
+    first = band[band[:, 0] == 1][:, 1]
+    assert np.isclose(first.max() - first.min(), 2 * half)
+    with pytest.raises(ValueError, match="no curve is called 'spin'.*snip"):
+        plots.curves(frame, by="method", events={"spin": [1]})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_holds_what_nothing_beats(points):
+    cost, gain = zip(*points, strict=True)
+    front = plots.pareto_front(cost, gain)
+    beaten = {p for p in points for q in points if q != p and q[0] <= p[0] and q[1] >= p[1]}
+    assert {points[i] for i in front} == set(points) - beaten
+    assert [cost[i] for i in front] == sorted({cost[i] for i in front})
+
+
+def test_flops_are_averaged_over_seeds():
+    frame = runs()
+    frame["flops"] += frame["seed"]
+    ax = plots.accuracy_vs_flops(frame)
+    assert np.allclose(error_bars(ax)["snip"][0], np.array([0.02, 0.1, 0.5]) * 1e6 + 1.5)
+
+
+# --- Scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_zeros_are_a_bar_of_their_own_and_every_score_is_counted():
+    scores = {"a": torch.tensor([0.0] * 70 + [1e-3] * 5), "b": -torch.logspace(-4, 2, 25)}
+    ax = plots.score_distribution(scores, threshold=1e-3)
+    (zeros,) = ax.containers[0]
+    assert zeros.get_height() == 70 and zeros.get_x() == -zeros.get_width() / 2
+    stairs = [p.get_data() for p in ax.patches if hasattr(p, "get_data")]
+    assert [int(s.values.sum()) for s in stairs] == [5, 25]
+    assert all((np.diff(s.edges) > 0).all() for s in stairs)
+    texts = " ".join(t.get_text() for t in ax.texts)
+    assert "70 of 100 (70 %) are exactly zero" in texts and "95 (95 %) below" in texts
+
+
+def test_scores_that_are_all_zero_or_all_equal_can_be_drawn():
+    for scores in (torch.zeros(9), torch.ones(9)):
+        plots.score_distribution(scores).figure.canvas.draw()

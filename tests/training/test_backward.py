@@ -1,0 +1,246 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pruneutils as pu
+from pruneutils.training.backward import backward_pruned
+
+LAYERS = {
+    "linear": (lambda bias: nn.Linear(6, 5, bias=bias), (4, 6)),
+    "linear 3d": (lambda bias: nn.Linear(6, 5, bias=bias), (2, 4, 6)),
+    "conv1d": (lambda bias: nn.Conv1d(4, 6, 3, padding=1, bias=bias), (2, 4, 9)),
+    "conv2d": (lambda bias: nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=bias), (2, 4, 9, 9)),
+    "conv2d grouped": (lambda bias: nn.Conv2d(4, 6, 3, groups=2, dilation=2, bias=bias), (2, 4, 9, 9)),
+    "conv2d same": (lambda bias: nn.Conv2d(4, 6, 4, padding="same", bias=bias), (2, 4, 9, 9)),
+    "conv2d circular": (lambda bias: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", bias=bias), (2, 4, 9, 9)),
+    "conv2d unbatched": (lambda bias: nn.Conv2d(4, 6, 3, bias=bias), (4, 9, 9)),
+    "conv3d": (lambda bias: nn.Conv3d(2, 3, 3, bias=bias), (2, 2, 5, 5, 5)),
+    "transposed 1d": (lambda bias: nn.ConvTranspose1d(4, 6, 3, bias=bias), (2, 4, 9)),
+    "transposed 2d": (lambda bias: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=bias), (2, 4, 5, 5)),
+    "transposed 3d": (lambda bias: nn.ConvTranspose3d(2, 3, 2, bias=bias), (2, 2, 3, 3, 3)),
+    # an input of the weight's shape: nothing may tell the two apart by that
+    "square": (lambda bias: nn.Linear(5, 5, bias=bias), (5, 5)),
+}
+
+
+def random_masks(model, seed=0, density=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(weight.shape, generator=generator) < density
+        for name, weight in pu.prunable_weights(model).items()
+    }
+
+
+def draw(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gradients(model, inputs, upstream):
+    """Outputs, then the gradients of the inputs and of {name: parameter}."""
+    inputs = inputs.clone().requires_grad_()
+    outputs = model(inputs)
+    first, *rest = torch.autograd.grad(outputs, [inputs, *model.parameters()], upstream)
+    return outputs, first, rest
+
+
+def net(bias=True, inplace=True):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 3, bias=bias),
+            nn.ReLU(inplace=inplace),
+            nn.ConvTranspose2d(4, 3, 3, bias=bias),
+            nn.ReLU(inplace=inplace),
+            nn.Flatten(),
+            nn.Linear(3 * 36, 5, bias=bias),
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer(kind, bias, dtype):
+    make, shape = LAYERS[kind]
+    layer = make(bias).to(dtype)
+    masks = random_masks(layer)
+    inputs = draw(*shape, dtype=dtype)
+    upstream = draw(*layer(inputs).shape, seed=2, dtype=dtype)
+    outputs, dense, parameters = gradients(layer, inputs, upstream)
+    with backward_pruned(layer, masks):
+        outputs_inside, inside, parameters_inside = gradients(layer, inputs, upstream)
+    pruned = copy.deepcopy(layer)
+    with torch.no_grad():
+        pruned.weight.mul_(masks["weight"])
+    _, expected, _ = gradients(pruned, inputs, upstream)
+    assert torch.equal(outputs_inside, outputs)
+    assert all(torch.equal(a, b) for a, b in zip(parameters_inside, parameters, strict=True))
+    assert torch.equal(inside, expected) and not torch.allclose(inside, dense)
+
+
+def test_closed_form_of_a_deep_net():
+    """dL/dx = W1' * relu' * W2' * dy with W' = mask * W, but dL/dW1 = (W2'... dy) x: each by hand in float64."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+    model, masks = nn.Sequential(first, nn.ReLU(), second), {}
+    for name, weight in pu.prunable_weights(model).items():
+        masks[name] = torch.rand(weight.shape, generator=generator) < 0.6
+    x, dy = draw(5, 3, dtype=torch.float64), draw(5, 2, seed=2, dtype=torch.float64)
+    with backward_pruned(model, masks), torch.enable_grad():
+        _, dx, (dw1, db1, dw2, db2) = gradients(model, x, dy)
+    with torch.no_grad():
+        hidden = first(x)
+        dh = dy @ (second.weight * masks["2.weight"]) * (hidden > 0)
+        torch.testing.assert_close(dx, dh @ (first.weight * masks["0.weight"]))
+        torch.testing.assert_close(dw1, dh.T @ x)
+        torch.testing.assert_close(db1, dh.sum(0))
+        torch.testing.assert_close(dw2, dy.T @ hidden.relu())
+        torch.testing.assert_close(db2, dy.sum(0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_net_with_activations_in_place(bias, inplace):
+    model, inputs, upstream = net(bias, inplace), draw(2, 2, 6, 6), draw(2, 5, seed=2)
+    outputs, dense, parameters = gradients(model, inputs, upstream)
+    with backward_pruned(model, random_masks(model)):
+        outputs_inside, inside, parameters_inside = gradients(model, inputs, upstream)
+    assert torch.equal(outputs_inside, outputs) and not torch.allclose(inside, dense)
+    last = 2 if bias else 1  # nothing pruned lies between the last layer and the loss
+    assert all(torch.equal(a, b) for a, b in zip(parameters_inside[-last:], parameters[-last:]))
+    with backward_pruned(model, random_masks(model, density=2)):  # nothing pruned
+        same = gradients(model, inputs, upstream)
+    assert torch.equal(same[1], dense) and all(torch.equal(a, b) for a, b in zip(same[2], parameters))
+
+
+def test_only_the_named_layers_and_backward_after_the_end():
+    model, x = net(), draw(2, 2, 6, 6).requires_grad_()
+    with backward_pruned(model, {"5.weight": torch.zeros(5, 108)}):
+        outputs = model(x)
+    outputs.sum().backward()
+    assert not x.grad.any() and not model[0].weight.grad.any() and model[5].weight.grad.any()
+
+
+def test_masks_from_prune_on_a_copy():
+    model, x = net(), draw(2, 2, 6, 6)
+    copied = copy.deepcopy(model)
+    masks = pu.prune(copied, "magnitude", 0.7)
+    with backward_pruned(model, masks):
+        outputs, inside, _ = gradients(model, x, draw(2, 5))
+    assert torch.equal(outputs, model(x)) and pu.count(model).pruned == 0
+    assert not torch.allclose(inside, gradients(model, x, draw(2, 5))[1])
+
+
+def everything(model):
+    return [
+        (name, list(module.__dict__), list(module._parameters), list(map(id, module._parameters.values())))
+        + tuple(len(hooks) for key, hooks in module.__dict__.items() if "hooks" in key)
+        for name, module in model.named_modules()
+    ]
+
+
+def test_no_trace_also_after_exceptions():
+    model, x = net(), draw(2, 2, 6, 6).requires_grad_()
+    before, state = everything(model), copy.deepcopy(model.state_dict())
+    with backward_pruned(model, random_masks(model)) as inside:
+        assert inside is model
+        model(x).sum().backward()
+    assert everything(model) == before
+    with pytest.raises(ZeroDivisionError), backward_pruned(model, random_masks(model)):
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError), backward_pruned(model, random_masks(model)):
+        model(draw(2, 3, 6, 6).requires_grad_())  # a wrong number of channels
+    assert everything(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(gradients(model, x.detach(), draw(2, 5))[1], gradients(net(), x.detach(), draw(2, 5))[1])
+
+
+def test_a_forward_of_the_users_own_is_put_back():
+    layer = nn.Linear(3, 3)
+    layer.forward = own = lambda x: F.linear(x, layer.weight) * 2
+    mask, x = torch.eye(3), draw(2, 3).requires_grad_()
+    with backward_pruned(layer, {"weight": mask}):
+        layer(x).sum().backward()
+    assert layer.forward is own
+    torch.testing.assert_close(x.grad, (2 * layer.weight.detach() * mask).sum(0).expand(2, 3))
+
+
+def test_nested_contexts_intersect():
+    layer, x, dy = nn.Linear(6, 5), draw(4, 6), draw(4, 5)
+    a, b = random_masks(layer, 1), random_masks(layer, 2)
+    with backward_pruned(layer, a), backward_pruned(layer, b):
+        nested = gradients(layer, x, dy)
+    with backward_pruned(layer, {"weight": a["weight"] & b["weight"]}):
+        once = gradients(layer, x, dy)
+    assert torch.equal(nested[0], once[0]) and torch.equal(nested[1], once[1])
+    assert all(torch.equal(p, q) for p, q in zip(nested[2], once[2]))
+
+
+def test_tied_weights_are_masked_in_every_layer():
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    model, x = nn.Sequential(first, second), draw(3, 4).requires_grad_()
+    mask = torch.eye(4)
+    with backward_pruned(model, {"0.weight": mask}):
+        model(x).sum().backward()
+    w = first.weight.detach() * mask
+    torch.testing.assert_close(x.grad, torch.ones(3, 4) @ w @ w)
+
+
+def test_training_inside_on_pruned_and_with_frozen_weights():
+    model, x = net(), draw(8, 2, 6, 6)
+    pu.prune(model, "magnitude", 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with backward_pruned(model, random_masks(model)):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert pu.count(model).sparsity == pytest.approx(0.5, abs=1e-2)
+    assert not any(w[~pu.get_masks(model)[n]].any() for n, w in pu.prunable_weights(model).items())
+    model.requires_grad_(False)
+    x.requires_grad_()
+    with backward_pruned(model, {"5.weight": torch.zeros(5, 108)}):
+        model(x).sum().backward()
+    assert not x.grad.any()
+
+
+def test_second_derivatives():
+    """For y = (w x)^2 / 2: dy/dx = (w x) w', so its derivative by x is w' w', as both passes see pruned weights."""
+    layer = nn.Linear(3, 1, bias=False).double()
+    mask, x = torch.tensor([[1.0, 0.0, 1.0]]), draw(1, 3, dtype=torch.float64).requires_grad_()
+    with backward_pruned(layer, {"weight": mask}):
+        (first,) = torch.autograd.grad(layer(x).square().sum() / 2, x, create_graph=True)
+    second = torch.stack([torch.autograd.grad(part, x, retain_graph=True)[0][0] for part in first[0]])
+    w = (layer.weight.detach() * mask).double()
+    torch.testing.assert_close(first.detach(), layer(x).detach() * w)
+    torch.testing.assert_close(second, w.T @ w)
+
+
+def test_autocast():
+    model, x, dy = net(), draw(2, 2, 6, 6), draw(2, 5).bfloat16()
+    masks = random_masks(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, dense, _ = gradients(model, x, dy)
+        with backward_pruned(model, masks):
+            inside, pruned, _ = gradients(model, x, dy)
+    assert torch.equal(outputs, inside) and not torch.allclose(pruned, dense)
+
+
+def test_errors_leave_the_model_alone():
+    model, attention = net(), nn.MultiheadAttention(4, 2)
+    before = everything(model)
+    for masks, message in (
+        ({"0.weigth": torch.ones(4, 2, 3, 3)}, "did you mean '0.weight'"),
+        ({"0.weight": torch.ones(4, 2, 3)}, r"0.weight: the mask has shape \(4, 2, 3\), the weight \(4, 2, 3, 3\)"),
+        ({"5.weight": torch.full((5, 108), 0.5)}, "5.weight: a mask holds only 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message), backward_pruned(model, masks):
+            pass
+    with pytest.raises(ValueError, match="never calls out_proj"):
+        with backward_pruned(attention, random_masks(attention)):
+            pass
+    assert everything(model) == before
