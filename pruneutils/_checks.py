@@ -1,4 +1,4 @@
-"""Checks of arguments that several rooms share. An error names the argument, the value given and the values possible."""
+"""Checks of arguments that several rooms share; an error names the argument, the value given and those possible."""
 
 import difflib
 from collections.abc import Iterable, Mapping

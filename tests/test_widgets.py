@@ -16,6 +16,7 @@ from torch import nn
 
 import pruneutils as pu
 from pruneutils import widgets
+from pruneutils.pruning import criteria, granularities
 from pruneutils.costs import cost
 from pruneutils.widgets import SparsityExplorer, sparsity_explorer
 
@@ -117,7 +118,7 @@ def test_excluded_layers_stay(undrawn):
 
 def test_a_move_is_a_threshold_and_not_a_sort(undrawn, monkeypatch):
     calls = []
-    for module, name in ((widgets, "rank"), (widgets.criteria, "scores"), (torch, "sort"), (torch.Tensor, "sort")):
+    for module, name in ((granularities, "rank"), (criteria, "scores"), (torch, "sort"), (torch.Tensor, "sort")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k))
     panel = sparsity_explorer(network(), DATA, criterion="snip")

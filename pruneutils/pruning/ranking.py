@@ -1,7 +1,7 @@
 """Units sorted once, so that every mask after that is one comparison: for units of many weights, and for sliders.
 
-The masks of single weights are those of `selection`, to the bit; sorting costs more than one selection, so it pays where
-many selections follow.
+The masks of single weights are those of `selection`, to the bit. Sorting costs more than one selection, so it pays
+where many selections follow.
 """
 
 from collections.abc import Callable, Mapping

@@ -103,7 +103,7 @@ def erk_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> di
 
 
 def competitions(weights: Weights, sparsity: float | Mapping[str, float] | None, scope: str | Scope) -> Competitions:
-    """Divide the weights by a scope's name, by a scope, or by the layers that a mapping {layer glob: fraction} names."""
+    """Divide the weights by a scope or its name, or by the layers that a mapping {layer glob: fraction} names."""
     rule = choose("scope", scope, SCOPES)
     if isinstance(sparsity, Mapping):
         if not sparsity:

@@ -16,7 +16,7 @@ from pruneutils._torch import generator
 from pruneutils.costs import cost
 from pruneutils.pruning import criteria
 
-DATA_FREE = {"random", "magnitude"}
+DATA_FREE = {"random", "magnitude", "lamp"}
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +78,26 @@ def flat(tensors):
 
 def test_every_criterion_is_tested_here():
     assert set(pu.list_criteria()) == {
-        "random", "magnitude", "gradient", "snip", "taylor", "fisher", "grasp", "synflow", "wanda", "movement",
+        "random", "magnitude", "lamp", "gradient", "snip", "taylor", "fisher", "grasp", "synflow", "wanda",
+        "movement",
     }  # fmt: skip
+
+
+def test_lamp_is_the_square_over_the_squares_that_are_no_smaller():
+    model = two_layers()
+    expected = []
+    for weight in weights_of(model):
+        squares = weight.square()
+        expected.append(squares / torch.stack([squares[squares >= s].sum() for s in squares.flatten()]).view_as(weight))
+    assert_scores(pu.scores(model, "lamp"), expected)
+    assert all(float(score.max()) == 1 for score in expected)
+
+
+def test_lamp_needs_no_scope_to_leave_some_weights_in_each_layer():
+    model = two_layers()
+    with torch.no_grad():
+        model[2].weight *= 1e-6
+    assert pu.layer_table(pu.prune(model, "lamp", sparsity=0.9) and model).kept.min() > 0
 
 
 def test_random_is_uniform_and_belongs_to_its_seed():

@@ -1,17 +1,21 @@
 """prune() is exact, cumulative, and changes nothing when it refuses."""
 
 import copy
+import itertools
+import math
 import random
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import pruneutils as pu
 from pruneutils import pruning
-from pruneutils.pruning import schedules, scopes
+from pruneutils.pruning import criteria, granularities, schedules, scopes
 
 quiet = pytest.mark.filterwarnings(
     "ignore::pruneutils.pruning.TiedScoresWarning", "ignore::pruneutils.pruning.LayerCollapseWarning"
@@ -71,46 +75,48 @@ def assert_unchanged(model, before):
 
 
 @quiet
-def test_counts_are_exact_for_300_random_models_in_every_scope():
-    draw = random.Random(0)
-    for _ in range(300):
-        model = random_model(draw)
-        weights = pu.prunable_weights(model)
-        sizes = {name: w.numel() for name, w in weights.items()}
-        total, fraction = sum(sizes.values()), draw.choice([0, 1, 0.5, 0.9, 0.999, draw.random()])
-        for scope in sorted(scopes.SCOPES):
-            each = copy.deepcopy(model)
-            criterion, iterations = draw.choice(["magnitude", "random"]), draw.choice([1, 1, 3])
-            masks = pu.prune(each, criterion, fraction, scope, iterations=iterations)
-            table = pu.layer_table(each)
-            if scope == "layer":
-                assert (table.total - table.kept).tolist() == [round(fraction * n) for n in sizes.values()]
-            else:
-                assert zeros(each) == round(fraction * total)
-            assert pu.get_masks(each).keys() == masks.keys() == sizes.keys()
-            for name, w in pu.prunable_weights(each).items():
-                assert torch.equal(w, weights[name] * masks[name])
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32))
+def test_counts_are_exact_for_random_models_in_every_scope(seed):
+    draw = random.Random(seed)
+    model = random_model(draw)
+    weights = pu.prunable_weights(model)
+    sizes = {name: w.numel() for name, w in weights.items()}
+    total, fraction = sum(sizes.values()), draw.choice([0, 1, 0.5, 0.9, 0.999, draw.random()])
+    for scope in ("global", "layer", "erk"):
+        each = copy.deepcopy(model)
+        criterion, iterations = draw.choice(["magnitude", "random"]), draw.choice([1, 1, 3])
+        masks = pu.prune(each, criterion, fraction, scope, iterations=iterations)
+        table = pu.layer_table(each)
+        if scope == "layer":
+            assert (table.total - table.kept).tolist() == [round(fraction * n) for n in sizes.values()]
+        else:
+            assert zeros(each) == round(fraction * total)
+        assert pu.get_masks(each).keys() == masks.keys() == sizes.keys()
+        for name, w in pu.prunable_weights(each).items():
+            assert torch.equal(w, weights[name] * masks[name])
 
 
 @quiet
-def test_units_come_as_near_to_the_count_as_whole_ones_allow():
-    draw = random.Random(1)
-    for _ in range(100):
-        model, fraction = random_model(draw), draw.random()
-        total = pu.count(copy.deepcopy(model)).total
-        largest = {
-            "kernel": max(w[0, 0].numel() for w in pu.prunable_weights(model).values()),
-            "filter": max(w[0].numel() for w in pu.prunable_weights(model).values()),
-        }
-        for granularity in ("kernel", "filter"):
-            if granularity == "filter" and any(isinstance(layer, nn.ConvTranspose2d) for layer in model):
-                continue
-            each = copy.deepcopy(model)
-            masks = pu.prune(each, "magnitude", fraction, granularity=granularity)
-            assert abs(zeros(each) - round(fraction * total)) <= largest[granularity] / 2
-            for mask in masks.values():
-                units = mask.flatten(1) if granularity == "filter" else mask.reshape(*mask.shape[:2], -1)
-                assert (units.all(-1) | ~units.any(-1)).all()
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_tiles_come_as_near_to_the_count_as_whole_ones_allow(seed):
+    draw = random.Random(seed)
+    model, fraction = random_model(draw), draw.random()
+    transposed = any(isinstance(layer, nn.ConvTranspose2d) for layer in model)
+    weights, total = pu.prunable_weights(model), pu.count(model).total
+    for granularity in ("kernel", "filter", pu.Block(draw.randint(1, 5), draw.randint(1, 5))):
+        if transposed and granularity != "kernel":
+            continue
+        each = copy.deepcopy(model)
+        masks = pu.prune(each, "magnitude", fraction, granularity=granularity)
+        tiles = {name: granularities.find(granularity).tile(tuple(w.shape)) for name, w in weights.items()}
+        largest = max(math.prod(map(min, tile, weights[name].shape)) for name, tile in tiles.items())
+        assert abs(zeros(each) - round(fraction * total)) <= largest / 2
+        for name, mask in masks.items():
+            for corner in itertools.product(*(range(0, n, t) for n, t in zip(mask.shape, tiles[name]))):
+                tile = mask[tuple(slice(start, start + span) for start, span in zip(corner, tiles[name]))]
+                assert tile.all() or not tile.any()
 
 
 @pytest.mark.parametrize("granularity", ["filter", "1:2"])
@@ -237,7 +243,7 @@ def test_schedules_in_closed_form():
     assert pu.sparsity_at(0.5, 0.96, 0.36) == pytest.approx(1 - (0.64 * 0.04) ** 0.5)
     assert pu.sparsity_at(0.25, 0.8, 0.4, "linear") == pytest.approx(0.5)
     assert pu.sparsity_at(0.5, 0.8, 0.0, "cubic") == pytest.approx(0.7)
-    assert [pu.sparsity_at(t, 0.8, 0.2, "one-shot") for t in (0, 0.1, 1)] == [0.2, 0.8, 0.8]
+    assert pu.sparsity_at(0.5, 0.8, 0.2, lambda t, start, target: start + t * (target - start)) == pytest.approx(0.5)
     for schedule in sorted(schedules.SCHEDULES):
         assert pu.sparsity_at(0, 0.8, 0.2, schedule) == pytest.approx(0.2)
         assert pu.sparsity_at(1, 0.8, 0.2, schedule) == pytest.approx(0.8)
@@ -255,6 +261,65 @@ def test_less_than_is_pruned_already_is_an_error_with_layer_and_numbers():
         pu.prune(model, "magnitude", 0.4, "layer")
     assert_unchanged(model, before)
     assert pu.prune(model, "magnitude", 0.25).kept == 150
+
+
+# --- Choices of one's own --------------------------------------------------------------------------------------------
+
+
+def test_a_magnitude_registered_anew_is_used_for_single_weights_too(monkeypatch):
+    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+
+    @pu.criterion
+    def magnitude(model):
+        return {name: -w.abs() for name, w in pu.prunable_weights(model).items()}
+
+    model = mlp(10, 10)
+    largest = model[0].weight.abs() > model[0].weight.abs().median()
+    assert torch.equal(pu.prune(model, "magnitude", 0.5)["0.weight"], ~largest)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda weights, sparsity: [(["nope"], 1)], "names 'nope'"),
+        (lambda weights, sparsity: [(["0.weight"], 1), (["0.weight"], 1)], "twice"),
+        (lambda weights, sparsity: [(["0.weight"], 101)], "asks for 101 of the 100 weights of 0.weight"),
+        (lambda weights, sparsity: [(["0.weight"], 2.5)], "asks for 2.5"),
+    ],
+)
+def test_a_scope_that_asks_for_the_impossible_is_named(wrong, message):
+    model = mlp(10, 10)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"scope '<lambda>'.*{message}"):
+        pu.prune(model, "magnitude", 0.5, scope=wrong)
+    assert_unchanged(model, before)
+
+
+def test_a_scope_leaves_alone_what_it_does_not_name():
+    model = mlp(10, 10, 10)
+    pu.prune(model, "magnitude", 0.5, scope=lambda weights, sparsity: [(["1.weight"], 50)])
+    assert pu.layer_table(model).kept.tolist() == [100, 50]
+
+
+def test_blocks_are_ranked_by_their_mean_also_at_the_edge():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 1, 4], [1, 1, 4], [2.5, 2.5, 9]]))
+    masks = pu.prune(copy.deepcopy(model), sparsity=6 / 9, granularity=pu.Block(2, 2))
+    assert masks["0.weight"].tolist() == [[False, False, True], [False, False, True], [False, False, True]]
+    masks = pu.prune(model, sparsity=3 / 9, granularity=pu.Block(2, 2), normalize=False)  # sums: 4, 8, 5 and 9
+    assert masks["0.weight"].sum() == 5  # four or two weights can go, and 4 is as near to 3: fewer are taken first
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 2.5), (-1, 1), ("4", 4)])
+def test_a_block_spans_whole_numbers(sizes):
+    with pytest.raises(ValueError, match="whole numbers of at least 1"):
+        pu.Block(*sizes)
+
+
+def test_what_is_no_granularity_is_told():
+    with pytest.raises(TypeError, match=r"a name or an object such as pu.Block\(4, 4\), not 4"):
+        pu.prune(mlp(10, 10), sparsity=0.5, granularity=4)
 
 
 # --- Errors before anything is changed -------------------------------------------------------------------------------
@@ -284,8 +349,8 @@ def nan_scores(model, data):
         (dict(granularity="filtr"), ValueError, "unknown granularity 'filtr'; did you mean 'filter'"),
         (dict(granularity="5:4"), ValueError, "5:4.* N:M"),
         (dict(schedule="cubik"), ValueError, "unknown schedule 'cubik'; did you mean 'cubic'"),
-        (dict(iterations=0), ValueError, "iterations must be a positive int, not 0"),
-        (dict(iterations=2, granularity="2:4"), ValueError, "iterations=2 goes neither"),
+        (dict(iterations=0), ValueError, "iterations must be a whole number of at least 1, not 0"),
+        (dict(iterations=2, granularity="2:5", sparsity=None), ValueError, "iterations=2 goes neither"),
         (dict(drop_probability=2), ValueError, "drop_probability must be a fraction"),
         (dict(exclude=["nope"]), ValueError, "exclude: no prunable layer fits 'nope'; known: 0, 1"),
         (dict(criterion="snip"), ValueError, "'snip' needs data"),
@@ -448,7 +513,7 @@ def test_a_threshold_on_units_is_their_mean_or_sum():
     [
         (dict(threshold=float("nan")), "threshold must be a number, not nan"),
         (dict(threshold="0.1"), "threshold must be a number, not '0.1'"),
-        (dict(threshold=0.1, granularity="2:4"), "unknown granularity '2:4' for a threshold"),
+        (dict(threshold=0.1, granularity="2:4"), "2:4 knows no threshold"),
         (dict(threshold=0.1, criterion="sni"), "did you mean 'snip'"),
         (dict(threshold=0.1, criterion=nan_scores), "NaN or infinite"),
     ],
