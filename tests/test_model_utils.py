@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pruneutils as pu
-from pruneutils import model_utils
+from pruneutils import _torch, model_utils
 
 
 def net(seed=0):
@@ -452,6 +452,27 @@ def test_accuracy_runs_in_eval_mode_and_puts_every_mode_back():
         pu.accuracy(model, (LOGITS, TARGETS), topk=4)
     assert model.training and model.norm.training
     assert all(torch.equal(stats[name], value) for name, value in model.norm.state_dict().items())
+
+
+class Rounding(nn.Module):
+    """The second output is larger by less than bfloat16 can tell: the first of equal outputs wins there."""
+
+    def forward(self, x):
+        return x @ torch.tensor([[1.0, 1.0 + 2**-10], [0.0, 0.0]])
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_accuracy_computes_in_the_precision_asked_for(monkeypatch, pays):
+    monkeypatch.setattr(_torch, "bfloat16_pays", lambda device_type: pays)
+    data, dense = (torch.eye(2)[:1], torch.tensor([1])), Rounding()
+    assert pu.accuracy(dense, data) == pu.accuracy(dense, data, precision="auto") == 1
+    assert pu.accuracy(dense, data, precision="bfloat16") == 0
+    convolutional = Rounding()
+    convolutional.unused = nn.Conv2d(1, 1, 1)
+    assert pu.accuracy(convolutional, data) == 1
+    assert pu.accuracy(convolutional, data, precision="auto") == (0 if pays else 1)
+    with pytest.raises(ValueError, match="precision 'bfloat'; did you mean 'bfloat16'"):
+        pu.accuracy(dense, data, precision="bfloat")
 
 
 def test_accuracy_of_no_sample_is_an_error():

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import _checks, data, models
-from .._torch import device_of, own_random_state, seed_device
+from .._torch import autocast, device_of, own_random_state, resolve_precision, seed_device
 from ..model_utils import accuracy, count, prunable_weights
 from ..pruning import prune, sparsity_at
 from ..pruning.criteria import bind
@@ -84,9 +84,8 @@ def fit(
         raise ValueError("lr and weight_decay go with an optimizer's name; an Optimizer or a callable has its own")
     elif not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model.parameters())
-    _checks.one_of("precision", precision, ("float32", "bfloat16", "auto"))
+    precision = resolve_precision(precision, model)
     convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    reduced = precision == "bfloat16" or (precision == "auto" and convolutional and _bfloat16_pays(device.type))
     loss_fn = loss_fn or (lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=label_smoothing))
     batches, per_epoch = _batches(train, batch_size, torch.Generator().manual_seed(seed))
     if per_epoch == 0:
@@ -106,7 +105,7 @@ def fit(
                     group["lr"] = rate * factor((step - 1) / steps)
                 inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 seed_device(device, seed * 1_000_003 + step)  # a run from `start_step` draws the same dropout
-                with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+                with autocast(precision, device):
                     outputs = model(inputs)
                     loss = loss_fn(outputs, targets)
                 optimizer.zero_grad()
@@ -264,27 +263,6 @@ def _batches(train, batch_size, generator) -> tuple[Callable, int]:
     if not hasattr(train, "__len__") or isinstance(train, Iterator):
         raise TypeError("train must be re-iterable and have a length: a data set, a pair of tensors, or a DataLoader")
     return lambda: iter(train), len(train)
-
-
-@functools.cache
-def _bfloat16_pays(device_type: str) -> bool:
-    """Whether a convolution is much faster in bfloat16: a CPU either has the instructions (twice as fast) or not."""
-    if device_type != "cpu":
-        return True
-    with own_random_state(torch.device("cpu"), 0):
-        layer = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
-        inputs = torch.randn(32, 32, 16, 16)
-
-    def seconds(enabled):
-        started = time.perf_counter()
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            outputs = layer(inputs)
-        torch.autograd.grad(outputs.float().sum(), layer.weight)
-        return time.perf_counter() - started
-
-    pairs = [(seconds(False), seconds(True)) for _ in range(12)]
-    float32, bfloat16 = (min(times) for times in zip(*pairs))
-    return float32 > 1.25 * bfloat16
 
 
 @contextlib.contextmanager
