@@ -29,7 +29,7 @@ OPTIMIZERS = {
     ),
 }
 # the factor on the learning rate at progress t in [0, 1]
-SCHEDULES = {
+LR_SCHEDULES = {
     "constant": lambda t: 1.0,
     "step": lambda t: 0.1 ** ((t >= 0.5) + (t >= 0.75)),
     "cosine": lambda t: 0.5 * (1 + np.cos(np.pi * t)),
@@ -48,28 +48,31 @@ def fit(
     epochs: int = 10,
     optimizer: str | torch.optim.Optimizer | Callable = "sgd",
     lr: float | None = None,
-    schedule: str | Callable[[float], float] = "constant",
+    lr_schedule: str | Callable[[float], float] = "constant",
     seed: int = 0,
     *,
     batch_size: int = 128,
     weight_decay: float = 0.0,
     label_smoothing: float = 0.0,
     loss_fn: Callable | None = None,
-    precision: str = "auto",
+    precision: str = "float32",
     start_step: int = 0,
     on_step: Callable | None = None,
     test_every: int = 1,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Train `model` in place, masks hold; a row per epoch: epoch, train_loss, {train,test}_accuracy, lr, seconds.
+    """Train `model` in place, masks hold; a row per epoch.
+
+    Columns: epoch, train_loss, train_accuracy, test_accuracy, lr, precision (what really ran), seconds.
 
     `train` is what `data.load` returns, one (inputs, targets) pair that is cut into shuffled batches, or an iterable
     of batches; `test` anything that `accuracy` takes, used in eval mode every `test_every` epochs and after the last
     one (NaN in between). `optimizer`: "sgd" (momentum 0.9, Nesterov), "adam", any callable `parameters -> Optimizer`,
-    or an Optimizer; `lr` defaults to 0.1 and 0.001. `schedule` sets the learning rate at every step: "constant", "step"
-    (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0), or any
-    callable from progress in [0, 1] to a factor. `precision`: "float32", "bfloat16" (autocast), or "auto": bfloat16 for
-    convolutional networks on a GPU, or on a CPU that a short probe finds fast at it. `on_step(model, step, steps)` is
+    or an Optimizer; `lr` defaults to 0.1 and 0.001. `lr_schedule` sets the learning rate of every step: "constant",
+    "step" (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0), or any
+    callable from progress in [0, 1] to a factor. `precision`, of training and evaluation: "float32", "bfloat16"
+    (autocast), or "auto": bfloat16 for convolutional networks on a GPU, or on a CPU that a short probe finds fast at
+    it, so that results differ between machines. `on_step(model, step, steps)` is
     called after every step. `start_step` leaves out the first steps, but not their place in the schedule, the data
     order and the dropout: training goes on as from a snapshot taken there, except that the optimizer has no momentum.
 
@@ -77,7 +80,7 @@ def fit(
     DivergenceError when the loss is NaN or infinite, ValueError for an unknown name.
     """
     device = device_of(model)
-    factor = _checks.choose("schedule", schedule, SCHEDULES)
+    factor = _checks.choose("lr_schedule", lr_schedule, LR_SCHEDULES)
     if isinstance(optimizer, str):
         optimizer = _checks.choose("optimizer", optimizer, OPTIMIZERS)(model.parameters(), lr, weight_decay)
     elif lr is not None or weight_decay:
@@ -123,14 +126,17 @@ def fit(
                     f"the training loss became {loss_sum.item()} in epoch {epoch} of {epochs} "
                     f"(lr {rates[0]:g}, {count(model).sparsity:.2%} of the weights pruned); try a smaller lr"
                 )
-            measure = test is not None and (epoch % test_every == 0 or epoch == epochs)
+            tested = float("nan")
+            if test is not None and (epoch % test_every == 0 or epoch == epochs):
+                tested = accuracy(model, test, precision=precision)
             rows.append(
                 {
                     "epoch": epoch,
                     "train_loss": loss_sum.item() / seen,
                     "train_accuracy": hits.item() / seen,
-                    "test_accuracy": accuracy(model, test) if measure else float("nan"),
+                    "test_accuracy": tested,
                     "lr": optimizer.param_groups[0]["lr"],
+                    "precision": precision,
                     "seconds": time.perf_counter() - started,
                 }
             )
@@ -300,12 +306,13 @@ def _layout(model: nn.Module, channels_last: bool):
 
 
 def _corrupts(model: nn.Module) -> bool:
-    """Whether a CPU would write past its memory with channels last: strided 1x1 convolutions of few channels.
+    """Whether a CPU could write past its memory with channels last: strided 1x1 convolutions of few channels.
 
     oneDNN issue 6035: their weight gradient overruns a buffer where the input has fewer channels than a vector holds,
-    8 with AVX2 and 16 with AVX-512. It ends in a crash, a hang, or wrong gradients.
+    8 with AVX2 and 16 with AVX-512. It ends in a crash, a hang, or wrong gradients. The answer depends on the model
+    alone, 16 channels everywhere, so that no machine changes the layout and with it the rounding.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.device.type == "cpu"]
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     return any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < 16 for m in layers)
 
 

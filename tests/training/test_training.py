@@ -70,7 +70,8 @@ def test_the_global_random_state_is_left_alone(monkeypatch):
 def test_a_row_per_epoch_says_what_happened():
     model, train, test = net(), samples(), samples(24, seed=1)
     table = pu.fit(model, train, test, epochs=3, batch_size=16)
-    assert list(table.columns) == ["epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds"]
+    columns = ["epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "precision", "seconds"]
+    assert list(table.columns) == columns
     assert table.epoch.tolist() == [1, 2, 3] and table.lr.tolist() == [0.1] * 3
     assert table.test_accuracy.iloc[-1] == pu.accuracy(model, test) and table.train_loss.is_monotonic_decreasing
 
@@ -87,6 +88,30 @@ def test_one_step_is_the_gradient_step_of_the_whole_set():
     assert table.train_accuracy[0] == (outputs.argmax(1) == targets[order]).float().mean()
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q - 0.1 * q.grad)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_machine_chooses_the_precision_only_if_asked_and_it_is_recorded(fast, monkeypatch):
+    monkeypatch.setattr(training, "_bfloat16_pays", lambda device_type: fast)
+    ran = "bfloat16" if fast else "float32"
+    linear, batch = nn.Linear(4, 3), (torch.randn(6, 4), torch.randint(3, (6,)))
+    assert pu.fit(net(), samples(), epochs=1).precision.tolist() == ["float32"]
+    assert pu.fit(net(), samples(), epochs=2, precision="auto").precision.tolist() == [ran] * 2
+    assert pu.fit(linear, batch, epochs=1, precision="auto").precision.tolist() == ["float32"]
+
+
+def test_evaluation_runs_in_the_precision_of_training():
+    class Dtypes(nn.Linear):
+        def forward(self, x):
+            outputs = super().forward(x)
+            dtypes.append((self.training, outputs.dtype))
+            return outputs
+
+    model, data = Dtypes(4, 3), (torch.randn(6, 4), torch.randint(3, (6,)))
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        dtypes = []
+        pu.fit(model, data, data, epochs=1, precision=precision)
+        assert dtypes == [(True, dtype), (False, dtype)]
 
 
 class Modes(nn.Linear):
@@ -113,7 +138,7 @@ def test_learning_rates_follow_the_schedule_and_come_back():
         optimizer = torch.optim.SGD([dict(params=[model.weight], lr=2.0), dict(params=[model.bias], lr=4.0)])
         data = torch.randn(8, 4), torch.randint(3, (8,))
         note = lambda *_: rates.append([group["lr"] for group in optimizer.param_groups])  # noqa: B023, E731
-        pu.fit(model, data, epochs=4, batch_size=4, optimizer=optimizer, schedule=name, on_step=note)
+        pu.fit(model, data, epochs=4, batch_size=4, optimizer=optimizer, lr_schedule=name, on_step=note)
         assert [group["lr"] for group in optimizer.param_groups] == [2.0, 4.0]
         assert all(b == 2 * a for a, b in rates)
         seen[name if isinstance(name, str) else "own"] = [a / 2 for a, _ in rates]
@@ -129,7 +154,7 @@ def test_divergence_stops_and_gives_the_learning_rate_back():
     model, data = nn.Linear(4, 3), (100 * torch.randn(40, 4), torch.arange(40) % 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e38)
     with pytest.raises(pu.DivergenceError, match=r"loss became (nan|inf) in epoch \d of 5 \(lr 1e\+38"):
-        pu.fit(model, data, epochs=5, optimizer=optimizer, schedule="cosine", batch_size=4)
+        pu.fit(model, data, epochs=5, optimizer=optimizer, lr_schedule="cosine", batch_size=4)
     assert optimizer.param_groups[0]["lr"] == 1e38
 
 
@@ -137,7 +162,7 @@ def test_divergence_stops_and_gives_the_learning_rate_back():
     "options, error, message",
     [
         (dict(optimizer="sdg"), ValueError, "unknown optimizer 'sdg'; did you mean 'sgd'"),
-        (dict(schedule="cosin"), ValueError, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        (dict(lr_schedule="cosin"), ValueError, "unknown lr_schedule 'cosin'; did you mean 'cosine'"),
         (dict(precision="half"), ValueError, "unknown precision 'half'"),
         (dict(optimizer=plain_sgd, lr=0.1), ValueError, "lr and weight_decay go with an optimizer's name"),
         (dict(train=iter([samples()])), TypeError, "train must be re-iterable"),
@@ -159,7 +184,7 @@ def test_training_from_a_snapshot_equals_the_uninterrupted_run():
         assert steps == 15
         states[step] = copy.deepcopy(model.state_dict())
 
-    options = dict(epochs=3, batch_size=8, optimizer=plain_sgd, schedule="cosine")
+    options = dict(epochs=3, batch_size=8, optimizer=plain_sgd, lr_schedule="cosine")
     whole = pu.fit(model, data, data, on_step=take, **options)
     for start in (3, 5, 7):
         model.load_state_dict(states[start])
@@ -232,7 +257,7 @@ def test_gradual_refuses_before_it_trains(sparsities, message):
 def test_a_lottery_ticket_is_rewound_and_trained_on_from_there(rewind_step):
     model, data, starts, snapshots = net(), samples(), [], {}
     first = {0: copy.deepcopy(model.state_dict())}
-    options = dict(epochs=2, batch_size=8, optimizer=plain_sgd, schedule="cosine")
+    options = dict(epochs=2, batch_size=8, optimizer=plain_sgd, lr_schedule="cosine")
 
     def note(model, step, steps):
         if step <= rewind_step and step not in first:
