@@ -69,7 +69,7 @@ def fit(
     of batches; `test` anything that `accuracy` takes, used in eval mode every `test_every` epochs and after the last
     one (NaN in between). `optimizer`: "sgd" (momentum 0.9, Nesterov), "adam", any callable `parameters -> Optimizer`,
     or an Optimizer; `lr` defaults to 0.1 and 0.001. `lr_schedule` sets the learning rate of every step: "constant",
-    "step" (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0), or any
+    "step" (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0) or any
     callable from progress in [0, 1] to a factor. `precision`, of training and evaluation: "float32", "bfloat16"
     (autocast), or "auto": bfloat16 for convolutional networks on a GPU, or on a CPU that a short probe finds fast at
     it, so that results differ between machines. `on_step(model, step, steps)` is
