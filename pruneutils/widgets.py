@@ -8,7 +8,8 @@ import copy
 import html
 import inspect
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import ipywidgets
 import torch
@@ -32,7 +33,8 @@ from .model_utils import (
     set_masks,
 )
 from .pruning import criteria, granularities, plan
-from .pruning.scopes import SCOPES
+from .pruning.granularities import Granularity
+from .pruning.scopes import SCOPES, Scope
 
 _BATCH = 500  # images evaluated at a time: between two of them the panel listens
 _PAUSE = 0.3  # seconds a choice has to stand before all of the data is evaluated
@@ -45,50 +47,97 @@ _ALARM, _TIE = "#D55E00", "#CC79A7"  # Okabe & Ito
 
 def sparsity_explorer(
     model: nn.Module,
-    data,
-    scoring_data=None,
+    data: object,
+    scoring_data: object = None,
     *,
-    criterion="magnitude",
+    criterion: str | Callable = "magnitude",
     sparsity: float = 0.5,
-    scope: str = "global",
-    granularity: str = "weight",
-    choices: Iterable | None = None,
-    exclude: Iterable[str] = (),
+    scope: str | Scope = "global",
+    granularity: str | Granularity = "weight",
+    choices: Iterable[str | Callable] | None = None,
+    exclude: str | Iterable[str] = (),
     subset: int = 256,
-    loss_fn=None,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     seed: int = 0,
     style: str = "light",
 ) -> "SparsityExplorer":
-    """A panel of sliders and pictures for pruning `model`, which stays as it is until the choice is applied.
+    """Make a panel of sliders and pictures for pruning a model, which stays as it is until the choice is applied.
 
-    `data`, as `accuracy` takes it, is what accuracy is measured on: `subset` images at once, all of them when the
-    choice stands. `scoring_data` (default: that subset) is the batch, or batches, for criteria that need data.
-    `choices` are the criteria offered, names or callables; by default all that need no option. The other arguments are
-    those of `prune`, whose masks the panel shows to the bit. A choice that `prune` refuses is told in the panel, and
-    raised as ValueError or TypeError here.
+    Args:
+        model: Any classifier with convolution or linear layers.
+        data: What accuracy is measured on, as `accuracy` takes it: `subset` images at once, and all of them when the
+            choice stands.
+        scoring_data: The batch, or batches, for criteria that need data. By default it is that subset.
+        criterion: As for `prune`, like the next three: the choice that the panel starts with.
+        sparsity: The fraction pruned.
+        scope: Who competes with whom.
+        granularity: What goes together.
+        choices: The criteria offered, names or functions; by default all that need no option.
+        exclude: Names or globs of layers to leave alone.
+        subset: How many images are evaluated at every move.
+        loss_fn: As for `prune`.
+        seed: As for `prune`.
+        style: "light" or "dark".
+
+    Returns:
+        The panel: its `.slider`, `.criterion`, `.scope` and `.granularity` can be set from code, `.masks`, `.text` and
+        `.image` hold what is shown, and `.apply()` prunes the model. The masks are those of `prune`, to the bit.
+
+    Raises:
+        ValueError: For a choice that `prune` refuses; later the panel tells it.
+        TypeError: As `prune` does.
+
+    Example:
+        >>> train, test = pu.data.load("digits")
+        >>> model = pu.models.create("lenet300")
+        >>> panel = pu.widgets.sparsity_explorer(model, test, sparsity=0.9)
+        >>> panel.slider.value = 0.95  # moving the slider redraws
+        >>> panel.masks
+        Masks(3 weights, 13,310 of 266,200 kept, sparsity 0.9500)
     """
-    choice = criterion, sparsity, scope, granularity
-    return SparsityExplorer(model, data, scoring_data, choice, choices, exclude, subset, loss_fn, seed, style)
+    return SparsityExplorer(
+        model,
+        data,
+        scoring_data,
+        choice=Choice(criterion, sparsity, scope, granularity),
+        choices=choices,
+        exclude=exclude,
+        subset=subset,
+        loss_fn=loss_fn,
+        seed=seed,
+        style=style,
+    )
+
+
+class Choice(NamedTuple):
+    """What the controls say."""
+
+    criterion: str | Callable
+    sparsity: float | None  # None where the granularity fixes it
+    scope: str | Scope
+    granularity: str | Granularity
 
 
 class SparsityExplorer(ipywidgets.VBox):
     """The panel of `sparsity_explorer`.
 
-    `.slider`, `.criterion`, `.scope`, `.granularity` and `.button` are the controls, `.image` (PNG) and `.text` (HTML)
-    what they change; `.masks` is the present choice (None if it is not possible), `.ties` {parameter name: weights that
-    tie at its cut}.
+    Attributes:
+        slider: The sparsity, a fraction.
+        criterion: A dropdown, like `scope` and `granularity`.
+        button: Applies the choice to the model.
+        image: The picture, PNG.
+        text: The numbers, HTML.
+        masks: The masks of the present choice, None if it is not possible.
+        ties: {parameter name: number of weights that tie at its cut}.
     """
 
-    def __init__(self, model, data, scoring_data, choice, choices, exclude, subset, loss_fn, seed, style):
-        criterion, sparsity, scope, granularity = choice
-        _checks.fraction("sparsity", sparsity)
-        weights = prunable_weights(model, exclude)
-        fits_2_of_4 = all(weight.shape[1] % 4 == 0 for weight in weights.values())
-        kinds = dict.fromkeys([*granularities.GRANULARITIES, *(["2:4"] if fits_2_of_4 else []), granularity])
-        kinds = [(str(kind), kind) for kind in kinds]
-        scopes = [(getattr(each, "__name__", each), each) for each in dict.fromkeys([*SCOPES, scope])]
-        granularities.find(granularity)
-        _checks.choose("scope", scope, SCOPES)
+    def __init__(
+        self, model, data, scoring_data=None, *, choice, choices=None, exclude=(), subset=256, loss_fn=None, seed=0,
+        style="light",
+    ):  # fmt: skip
+        _checks.fraction("sparsity", choice.sparsity)
+        _checks.choose("scope", choice.scope, SCOPES)
+        granularities.find(choice.granularity)
         self.model, self.masks, self.ties = model, None, {}
         self._exclude, self._loss_fn, self._seed, self._style = exclude, loss_fn, seed, style
         self._data = list(data) if iter(data) is data else data
@@ -98,14 +147,27 @@ class SparsityExplorer(ipywidgets.VBox):
 
         wide, wrap = ipywidgets.Layout(width="min(100%, 640px)"), ipywidgets.Layout(flex_flow="row wrap")
         named = {"style": {"description_width": "76px"}}
-        names = dict.fromkeys([*(_without_options() if choices is None else choices), criterion])
-        options = [(name if isinstance(name, str) else getattr(name, "__name__", "custom"), name) for name in names]
-        self.slider = ipywidgets.FloatSlider(
-            sparsity, min=0, max=1, step=0.005, readout_format=".1%", description="sparsity", layout=wide, **named
+        fits_2_of_4 = all(weight.shape[1] % 4 == 0 for weight in prunable_weights(model, exclude).values())
+        kinds = [*granularities.GRANULARITIES, *(["2:4"] if fits_2_of_4 else [])]
+        offered = {
+            "criterion": _without_options() if choices is None else choices,
+            "scope": SCOPES,
+            "granularity": kinds,
+        }
+        self.criterion, self.scope, self.granularity = (
+            ipywidgets.Dropdown(options=_options(known, chosen), value=chosen, description=title, **named)
+            for (title, known), chosen in zip(offered.items(), (choice.criterion, choice.scope, choice.granularity))
         )
-        self.criterion = ipywidgets.Dropdown(options=options, value=criterion, description="criterion", **named)
-        self.scope = ipywidgets.Dropdown(options=scopes, value=scope, description="scope", **named)
-        self.granularity = ipywidgets.Dropdown(options=kinds, value=granularity, description="granularity", **named)
+        self.slider = ipywidgets.FloatSlider(
+            choice.sparsity,
+            min=0,
+            max=1,
+            step=0.005,
+            readout_format=".1%",
+            description="sparsity",
+            layout=wide,
+            **named,
+        )
         self.button = ipywidgets.Button(description="Apply to the model", tooltip="Prune the model as shown")
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", max_width="1100px"))
         self.text = ipywidgets.HTML()
@@ -152,19 +214,20 @@ class SparsityExplorer(ipywidgets.VBox):
     # --- Masks -------------------------------------------------------------------------------------------------------
 
     @property
-    def _key(self):
+    def _key(self) -> Choice:
         """The present choice, by which results are cached."""
         fixed = granularities.find(self.granularity.value).fixed_sparsity() is not None
-        return self.criterion.value, self.scope.value, self.granularity.value, None if fixed else self.slider.value
+        sparsity = None if fixed else self.slider.value
+        return Choice(self.criterion.value, sparsity, self.scope.value, self.granularity.value)
 
     def _select(self) -> Masks:
         """Find the masks of the present choice, as `prune` would, and put them on the twin."""
         self.masks, self.ties = None, {}
         self._refresh()
-        criterion, scope, granularity, sparsity = self._key
-        contest = plan(self.model, sparsity, scope, granularity, self._exclude)
+        choice = self._key
+        contest = plan(self.model, choice.sparsity, choice.scope, choice.granularity, self._exclude)
         keep, ties = {}, {}
-        for ranking, (_, target) in zip(self._rankings(criterion, contest), contest.groups):
+        for ranking, (_, target) in zip(self._rankings(choice.criterion, contest), contest.groups):
             n_units = ranking.cut(target)
             keep |= ranking.masks(n_units)
             ties |= ranking.ties(n_units)
@@ -292,7 +355,7 @@ class SparsityExplorer(ipywidgets.VBox):
         lines = [
             f"<b>{1 - kept / total:.2%} pruned</b>: {kept:,} of {total:,} weights kept",
             f"<b>accuracy {reached:.1%}</b> on {where} (before: {before:.1%})",
-            f"<b>FLOPs {_si(2 * macs)}</b> of {_si(2 * empty.macs)} ({macs / empty.macs:.1%}) &nbsp; "
+            f"<b>multiply-accumulates {_si(macs)}</b> of {_si(empty.macs)} ({macs / empty.macs:.1%}) &nbsp; "
             f"<b>on disk {_si(size)}B</b> of {_si(empty.bytes)}B",
         ]
         collapsed = [layer_name(name) for name, n in counts.items() if not n]
@@ -320,11 +383,14 @@ class SparsityExplorer(ipywidgets.VBox):
     async def _finish(self):
         """Once the choice stands, evaluate it in full between the messages that the kernel handles."""
         await asyncio.sleep(_PAUSE)
-        for _ in self._evaluate():
-            await asyncio.sleep(0)
-            if self._seen != self._state():
-                return
-        self._tell()
+        try:
+            for _ in self._evaluate():
+                await asyncio.sleep(0)
+                if self._seen != self._state():
+                    return
+            self._tell()
+        except Exception as error:  # a task that nobody awaits would keep it to itself
+            self.text.value += "<br>" + _line(f"{type(error).__name__}: {error}", _ALARM)
 
     def _stop(self):
         if self._task is not None:
@@ -334,6 +400,12 @@ class SparsityExplorer(ipywidgets.VBox):
 
 def _axes(figure):
     return figure.add_axes(_LEFT, projection="3d"), figure.add_axes((0.7, 0.17, 0.285, 0.70))
+
+
+def _options(known, chosen) -> list[tuple[str, object]]:
+    """(label, value) of each choice offered, the one chosen at first included."""
+    values = dict.fromkeys([*known, chosen])
+    return [(value if isinstance(value, str) else getattr(value, "__name__", str(value)), value) for value in values]
 
 
 def _without_options() -> list[str]:

@@ -25,13 +25,38 @@ _CRITERIA: dict[str, Callable[..., Scores]] = {}
 
 
 def criterion(function: Callable[..., Scores]) -> Callable[..., Scores]:
-    """Register a criterion under its function's name (a decorator)."""
+    """Register a criterion under the name of its function.
+
+    Args:
+        function: `(model, ...) -> {parameter name: scores}` with a score for each prunable weight, in the weight's
+            shape; **high scores stay**. It names what it needs beyond the model: `data` (one batch or an iterable of
+            batches), `loss_fn`, `seed`, or options of its own, which `prune` and `scores` hand on.
+
+    Returns:
+        The same function.
+
+    Example:
+        >>> @pu.criterion
+        ... def distance(model, reference):
+        ...     return {name: (w - reference[name]).abs() for name, w in pu.prunable_weights(model).items()}
+        >>> model, start = (pu.models.create("lenet300", seed=seed) for seed in (1, 0))
+        >>> pu.prune(model, "distance", sparsity=0.9, reference=start.state_dict()).sparsity
+        0.9
+    """
     _CRITERIA[function.__name__] = function
     return function
 
 
 def list_criteria() -> list[str]:
-    """The names of all registered criteria."""
+    """List the names of all registered criteria.
+
+    Returns:
+        The names, in the order in which they were registered.
+
+    Example:
+        >>> pu.list_criteria()[:3]
+        ['random', 'magnitude', 'lamp']
+    """
     return list(_CRITERIA)
 
 
@@ -141,12 +166,27 @@ def synflow(model, data):
     return {name: weight * g for name, (weight, g) in _flow_gradients(model, data).items()}
 
 
-def dead_weights(model: nn.Module, data) -> dict[str, torch.Tensor]:
-    """The weights that cannot have any effect, {parameter name: bool tensor of the weight's shape}, True = dead.
+def dead_weights(model: nn.Module, data: object) -> dict[str, torch.Tensor]:
+    """Find the weights that cannot have any effect on the output.
 
     No path of nonzero weights leads from the input through them to the output: taps of a kernel that only ever meet
-    padding, layers in front of a batch norm whose scale is zero, channels that are cut off further on. It is the
-    structure that is asked, by SynFlow's R, and not the `data`, which (a batch, or its inputs) only tells the shape.
+    padding, layers in front of a batch norm whose scale is zero, channels that are cut off further on. The structure
+    decides, by the flow R of `synflow`, and not the values of the data.
+
+    Args:
+        model: Any `nn.Module` with convolution or linear layers. Activations that saturate, such as ReLU6, stop the
+            flow of ones, so weights in front of them may be called dead that are not.
+        data: A batch, or its inputs (N, ...); only the shape matters.
+
+    Returns:
+        {parameter name: bool tensor of the weight's shape}, True = dead.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> with torch.no_grad():
+        ...     model[2].weight[0, 1] = 0  # nothing leaves the second hidden unit
+        >>> pu.dead_weights(model, torch.zeros(1, 2))["0.weight"].tolist()
+        [[False, False], [True, True]]
     """
     with _untouched(model, train_mode=False, seed=0):
         return {name: g == 0 for name, (_, g) in _flow_gradients(model, data).items()}

@@ -56,7 +56,7 @@ def granularity(kind: type) -> type:
         ...         return (1, 1, 1, shape[3]) if len(shape) == 4 else (1, 1)
         >>> model = pu.models.create("lenet5")
         >>> masks = pu.prune(model, sparsity=0.5, granularity="row")
-        >>> sorted(set(masks["conv1.weight"].sum(-1).flatten().tolist()))  # rows of five, whole or gone
+        >>> sorted(set(masks["conv2.weight"].sum(-1).flatten().tolist()))  # rows of five, whole or gone
         [0, 5]
     """
     GRANULARITIES[kind.__name__.lower()] = kind()
