@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import pruneutils as pu
+from pruneutils.pruning import criteria, granularities, schedules, scopes
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -19,11 +20,20 @@ def blocks(language):
     return [textwrap.dedent(block) for block in re.findall(rf" *```{language}\n(.*?)```", TEXT, flags=re.S)]
 
 
-def test_a_criterion_is_one_function(monkeypatch):
-    monkeypatch.setattr(pu.criteria, "_CRITERIA", dict(pu.criteria._CRITERIA))
-    (block,) = [block for block in blocks("python") if "@criterion" in block]
+def define(decorator, module, monkeypatch):
+    """Run the block with this decorator where CONTRIBUTING says it belongs, as if it stood in that file."""
+    registry = {"criterion": "_CRITERIA", "scope": "SCOPES", "granularity": "GRANULARITIES", "schedule": "SCHEDULES"}
+    known = getattr(module, registry[decorator])
+    monkeypatch.setattr(module, registry[decorator], dict(known))
+    (block,) = [block for block in blocks("python") if block.startswith(f"@{decorator}\n")]
     assert len(block.splitlines()) <= 10
-    exec(block, vars(pu.criteria).copy())
+    names = vars(module).copy()
+    exec(block, names)
+    return names
+
+
+def test_a_criterion_is_one_function(monkeypatch):
+    define("criterion", criteria, monkeypatch)
     model, start = pu.models.create("fc"), pu.models.create("fc", seed=1).state_dict()
     distance = {name: (w - start[name]).abs() for name, w in pu.prunable_weights(model).items()}
     masks = pu.prune(model, "distance", sparsity=0.5, reference=start)
@@ -31,6 +41,34 @@ def test_a_criterion_is_one_function(monkeypatch):
     kept = torch.cat([distance[name][mask] for name, mask in masks.items()])
     gone = torch.cat([distance[name][~mask] for name, mask in masks.items()])
     assert kept.min() >= gone.max()
+
+
+def test_a_scope_is_one_function(monkeypatch):
+    kinds = define("scope", scopes, monkeypatch)["kinds"]
+    for scope in ("kinds", kinds):
+        table = pu.layer_table(pu.prune(model := pu.models.create("lenet5"), sparsity=0.9, scope=scope) and model)
+        assert table.kept[:2].sum() == 25_500 - round(0.9 * 25_500)
+        assert table.kept[2:].sum() == 405_000 - round(0.9 * 405_000)
+
+
+def test_a_granularity_is_one_class(monkeypatch):
+    channel = define("granularity", granularities, monkeypatch)["Channel"]()
+    for granularity in ("channel", channel):
+        masks = pu.prune(pu.models.create("lenet5"), sparsity=0.5, granularity=granularity)
+        for mask in masks.values():
+            read = mask.movedim(1, 0).flatten(1)
+            assert (read.all(1) | ~read.any(1)).all()
+
+
+def test_a_schedule_is_one_function(monkeypatch):
+    late = define("schedule", schedules, monkeypatch)["late"]
+    assert pu.sparsity_at(0.5, 0.8, schedule="late") == pu.sparsity_at(0.5, 0.8, schedule=late) == 0.8 / 8
+    assert pu.prune(pu.models.create("lenet300"), sparsity=0.9, iterations=3, schedule="late").kept == 26_620
+
+
+def test_every_file_in_the_table_is_there():
+    files = re.findall(r"\| `(pruneutils/[^`]+)` \|", TEXT)
+    assert len(files) >= 10 and all((ROOT / file).exists() for file in files)
 
 
 def test_a_notebook_is_made_executed_and_checked(tmp_path):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pruneutils as pu
+from pruneutils.pruning import criteria
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -12,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pu.criteria, "_CRITERIA", dict(pu.criteria._CRITERIA))
+    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
     example, criterion = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len(example.split("\n\n")[1].splitlines()) <= 10
     start_here = json.loads((ROOT / "notebooks/start_here.ipynb").read_text())

@@ -16,8 +16,8 @@ from torch import nn
 
 import pruneutils as pu
 from pruneutils import widgets
-from pruneutils.pruning import criteria, granularities
 from pruneutils.costs import cost
+from pruneutils.pruning import criteria, granularities
 from pruneutils.widgets import SparsityExplorer, sparsity_explorer
 
 DATA = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
