@@ -3,16 +3,22 @@
 Notebooks that ask different questions of the same runs share them here.
 """
 
+import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from . import data, models
 from .checkpoints import save
+from .controls import redraw
+from .costs import cost, cost_table
 from .data import IMAGENET_MEAN_STD, Images
 from .data.images import _root
-from .model_utils import accuracy
+from .model_utils import accuracy, layer_table
+from .pruning import prune, scores
 from .training import fit
 
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
@@ -68,3 +74,150 @@ def adapt(network: str, folder: str, epochs: int = 10, seed: int = 0, precision:
     save(model, Path(folder) / f"{network}_seed{seed}.safetensors", **facts)
     rows = [before, *table.drop(columns="seconds").to_dict("records")]
     return [row | {"data": train.name, "float32_accuracy": after} for row in rows]
+
+
+# --- Before training -------------------------------------------------------------------------------------------------
+
+
+def vgg16_as_published(seed: int) -> nn.Module:
+    """Create VGG-16 without batch norm with the random numbers of the published comparison (its seed is 1).
+
+    The original draws one permutation of the training set first, then PyTorch's initialisation, then Kaiming's.
+    """
+
+    def draw(model):
+        torch.randperm(50_000)
+        layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        for layer in layers:
+            layer.reset_parameters()
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    return redraw(models.create("vgg16"), seed=seed, init=draw)
+
+
+def at_initialization(criterion: str, iterations: int, compressions: list[float], seed: int) -> list[dict]:
+    """Prune VGG-16 before training, at several compressions, and count what is left of every layer.
+
+    As published: 100 random training images with crops and mirror images for the criteria that look at data, evaluation
+    mode, all layers competing. The images are those of `data.load("cifar10")`, which may be JPEG files.
+
+    Args:
+        criterion: A criterion's name.
+        iterations: In how many exponential steps to prune.
+        compressions: Each leaves a density of 10 ** -compression.
+        seed: Of the weights and the images.
+
+    Returns:
+        A row per compression and layer: kept and total weights, dense and sparse MACs, and `mac_density` of the whole.
+    """
+    train, _ = data.load("cifar10")
+    train = replace(train, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262))
+    batch = next(iter(train.subset(100, seed).batches(100, generator=torch.Generator().manual_seed(seed))))
+    dense = vgg16_as_published(seed)
+    options = {"data": batch, "seed": seed}
+    once = scores(dense, criterion, **options) if iterations == 1 else None
+    rows = []
+    for compression in compressions:
+        model = copy.deepcopy(dense)
+        with warnings.catch_warnings(action="ignore"):  # empty layers are counted
+            if iterations == 1:
+                prune(model, lambda model, data: once, 1 - 10**-compression)
+            else:
+                prune(model, criterion, 1 - 10**-compression, iterations=iterations, **options)
+        left, whole = cost_table(model, batch[0]), cost(model, batch[0])
+        kept = layer_table(model)
+        for layer, count in zip(left.itertuples(), kept.itertuples(), strict=True):
+            rows.append({
+                "compression": compression, "layer": layer.layer, "total": count.total, "kept": count.kept,
+                "macs": layer.macs, "sparse_macs": layer.sparse_macs, "mac_density": whole.mac_density,
+                "data": train.name,
+            })  # fmt: skip
+    return rows
+
+
+def evaluation_mode(network: str, mode: str, normalisation: str, batch_size: int = 128) -> dict:
+    """Measure a public checkpoint with running or batch statistics, normalised as trained or by (.5, .5).
+
+    A published pruning study never called `model.eval()` and normalised by (.5, .5); this takes the two apart.
+
+    Args:
+        network: "resnet20" or "resnet56".
+        mode: "running" (evaluation mode) or "batch" (training mode, whose statistics depend on the batch).
+        normalisation: "as trained" (ImageNet's mean and deviation) or "half".
+        batch_size: Of the evaluation.
+
+    Returns:
+        The accuracy on the 10,000 test images in their order, a fraction, and the name of the data.
+    """
+    mean, std = IMAGENET_MEAN_STD if normalisation == "as trained" else ((0.5,) * 3, (0.5,) * 3)
+    _, test = data.load("cifar10")
+    test = replace(test, mean=mean, std=std)
+    model = models.load_weights(models.create(network), _root(None) / "checkpoints" / CHECKPOINTS[network])
+    model.train(mode == "batch")
+    hits = 0
+    with torch.no_grad():
+        for inputs, targets in test.subset(range(len(test))).batches(batch_size, shuffle=False, augment=False):
+            hits += int((model(inputs).argmax(1) == targets).sum())
+    return {"accuracy": hits / len(test), "data": test.name}
+
+
+def grasp_thresholds(seed: int, targets: list[float], per_class: int = 25) -> list[dict]:
+    """Score timm's resnet10t by GraSP on CIFAR-10 as the published debug study did, and cut by its thresholds and ours.
+
+    With S = -w (Hg), divided by the magnitude of its sum as in the published code, the rules are: "highest go" (keep
+    S <= the k-th highest, the code of today), "lowest go" (keep S >= the k-th highest, the code that made the published
+    tables), and "exact" (`prune`).
+
+    Args:
+        seed: Of the weights and of the batches.
+        targets: The sparsities asked for.
+        per_class: Images of each class.
+
+    Returns:
+        A row per target, rule and layer: weights before and after, how many score exactly zero, and the threshold.
+    """
+    train, _ = data.load("cifar10")
+    model = models.create("timm/resnet10t", num_classes=10, seed=seed)
+    found = scores(model, "grasp", train.balanced_batch(per_class, seed), train_mode=True, seed=seed)
+    published = {name: -score.double() for name, score in found.items()}
+    flat = torch.cat([score.flatten() for score in published.values()])
+    total, scale = len(flat), float(flat.sum().abs()) + 1e-10
+    rows = []
+    for target in targets:
+        with warnings.catch_warnings(action="ignore"):  # ties are counted
+            exact = prune(copy.deepcopy(model), lambda model, data: found, target)
+        high = float(flat.kthvalue(total - int(total * target) + 1).values)  # the k-th highest, k to remove
+        low = float(flat.kthvalue(total - int(total * (1 - target)) + 1).values)  # the k-th highest, k to keep
+        for name, score in published.items():
+            kept = {"highest go": (score <= high, high), "lowest go": (score >= low, low), "exact": (exact[name], None)}
+            for rule, (mask, threshold) in kept.items():
+                rows.append({
+                    "target": target, "rule": rule, "layer": name.removesuffix(".weight"), "before": score.numel(),
+                    "after": int(mask.sum()), "zeros": int((score == 0).sum()),
+                    "threshold": None if threshold is None else threshold / scale, "data": train.name,
+                })  # fmt: skip
+    return rows
+
+
+def grasp_agreement(seed: int, per_class: int = 25, share: float = 0.05) -> dict:
+    """Measure how much two batches agree on the weights that GraSP scores highest.
+
+    Args:
+        seed: Of the weights and of the two batches.
+        per_class: Images of each class in a batch.
+        share: The fraction of the weights that count as highest.
+
+    Returns:
+        `overlap`: the share of one batch's highest weights that are also the other's; by chance it equals `share`.
+    """
+    train, _ = data.load("cifar10")
+    # with batch norms that start at zero nearly all scores tie at zero: see grasp_thresholds
+    model = models.create("timm/resnet10t", num_classes=10, seed=seed, zero_init_last=False)
+    tops = []
+    for batch in (train.balanced_batch(per_class, seed), train.balanced_batch(per_class, seed + 1000)):
+        found = scores(model, "grasp", batch, train_mode=True, seed=seed)
+        flat = torch.cat([score.flatten() for score in found.values()])
+        tops.append(set(flat.topk(int(share * len(flat))).indices.tolist()))
+    return {"overlap": len(tops[0] & tops[1]) / len(tops[0]), "data": train.name}
