@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 
-from . import data, models
+from . import _checks, data, models
 from ._files import repository
 from .checkpoints import load, save
 from .controls import redraw
@@ -79,25 +80,58 @@ def adapt(network: str, folder: str, epochs: int = 10, seed: int = 0, precision:
 
 
 NETWORKS = "results/networks"  # where `adapt` has saved the dense networks of this repository
+DESIGNS = ("restarts", "recovery", "ramp", "dense")
+
+
+def in_design(
+    model: nn.Module, train: object, test: object, design: str, prunings: int, target: float, epochs: int,
+    every: int = 100, **options: object,
+) -> pd.DataFrame:  # fmt: skip
+    """Train a network for a number of epochs and prune it on the way, in one of the designs that are compared.
+
+    Args:
+        model: A trained network; it is pruned and trained in place.
+        train: As for `fit`.
+        test: As for `fit`.
+        design: "restarts" (equal total: each pruning is followed by `epochs / prunings` epochs with an optimizer and a
+            learning-rate schedule of their own), "recovery" (one optimizer and one schedule; the prunings are spread
+            over the first half, and the second half is the recovery of every arm), "ramp" (the same with Zhu and
+            Gupta's cubic ramp over the first half), or "dense" (no pruning: the reference of equal length).
+        prunings: How many prunings; 1 is instant. It does not matter to "ramp" and "dense".
+        target: The sparsity at the end, a fraction.
+        epochs: How often each image is seen in all.
+        every: Steps between two prunings of the ramp.
+        **options: Options of `fit`.
+
+    Returns:
+        A row per epoch: epoch, sparsity, test_accuracy, lr, precision.
+    """
+    _checks.one_of("design", design, DESIGNS)
+    steps = [sparsity_at(i / prunings, target) for i in range(1, prunings + 1)]
+    if design == "restarts":
+        table = gradual(model, train, test, steps, epochs // prunings, **options)
+    elif design == "recovery":
+        table = gradual(model, train, test, steps, epochs=epochs, recovery=epochs / 2, **options)
+    elif design == "ramp":
+        table = fit(model, train, test, epochs, on_step=gradual_sparsity(target, end=0.5, every=every), **options)
+    else:
+        table = fit(model, train, test, epochs, **options)
+    return table[["epoch", "sparsity", "test_accuracy", "lr", "precision"]]
 
 
 def prune_adapted(
     seed: int, design: str, prunings: int, target: float, network: str = "resnet20", epochs: int = 8,
     precision: str = "auto",
 ) -> list[dict]:  # fmt: skip
-    """Prune an adapted network while it trains, in one of the designs that are compared.
+    """Prune an adapted network while it trains by SGD (momentum .9, lr .05 to 0, weight decay 5e-4, batches of 128).
 
-    All arms train `epochs` epochs by SGD with momentum .9 (Nesterov), weight decay 5e-4 and batches of 128. The network
-    is the same one for every seed: a seed is an order of the images and their augmentation, not a network.
+    The network is the same one for every seed: a seed is an order of the images and their augmentation, not a network.
 
     Args:
         seed: Of data order and augmentation.
-        design: "restarts" (equal total: each pruning is followed by `epochs / prunings` epochs with an optimizer and a
-            cosine of their own), "recovery" (one optimizer and one cosine; the prunings are spread over the first half,
-            and the second half is the recovery of every arm), "ramp" (the same with Zhu and Gupta's cubic ramp over the
-            first half, a pruning every 100 steps), or "dense" (no pruning, the reference of equal length).
-        prunings: How many prunings; 1 is instant. 0 for "ramp" and "dense".
-        target: The sparsity at the end, a fraction; 0 for "dense".
+        design: As for `in_design`.
+        prunings: As for `in_design`.
+        target: As for `in_design`.
         network: "resnet20" or "resnet56".
         epochs: How often each image is seen.
         precision: Of training and evaluation.
@@ -107,22 +141,10 @@ def prune_adapted(
     """
     train, test = cifar10_as_published()
     model = load(repository() / NETWORKS / f"{network}_seed0.safetensors")
-    options = {
-        "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "lr_schedule": "cosine", "precision": precision,
-        "seed": seed,
-    }  # fmt: skip
-    steps = [sparsity_at(i / prunings, target) for i in range(1, prunings + 1)]
-    if design == "restarts":
-        table = gradual(model, train, test, steps, epochs // prunings, **options)
-    elif design == "recovery":
-        table = gradual(model, train, test, steps, epochs=epochs, recovery=epochs / 2, **options)
-    elif design == "ramp":
-        table = fit(model, train, test, epochs, on_step=gradual_sparsity(target, end=0.5, every=100), **options)
-    elif design == "dense":
-        table = fit(model, train, test, epochs, **options)
-    else:
-        raise ValueError(f"unknown design {design!r}; known: restarts, recovery, ramp, dense")
-    table = table[["epoch", "sparsity", "test_accuracy", "lr", "precision"]]
+    table = in_design(
+        model, train, test, design, prunings, target, epochs, optimizer="sgd", lr=0.05, weight_decay=5e-4,
+        lr_schedule="cosine", precision=precision, seed=seed,
+    )  # fmt: skip
     return table.assign(data=train.name).to_dict("records")
 
 
