@@ -75,7 +75,7 @@ def trained(
         >>> torch.equal(model.fc1.weight, again.fc1.weight)
         True
     """
-    device, seed = torch.device(device), int(_checks.whole("seed", seed, least=0))
+    device, seed = torch.device(device), _checks.whole("seed", seed, least=0)
     options = _with_defaults(fit_options)
     train, test = load_data(dataset) if isinstance(dataset, str) else dataset
     train = train.subset(train_size) if train_size else train
