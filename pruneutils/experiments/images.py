@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ._estimates import bootstrap, check_level, mcnemar_p
 
@@ -20,7 +21,7 @@ class Difference:
     n: int
 
 
-def mcnemar(hits_a, hits_b, *, level: float = 0.95) -> Difference:
+def mcnemar(hits_a: ArrayLike, hits_b: ArrayLike, *, level: float = 0.95) -> Difference:
     """Compare two networks on the same test images, by McNemar's exact test.
 
     Only the images that one network gets right and the other wrong say which is better (McNemar 1947; exact: the
@@ -50,7 +51,7 @@ def mcnemar(hits_a, hits_b, *, level: float = 0.95) -> Difference:
     return _of_images(both, level, mcnemar_p(both))
 
 
-def bootstrap_images(values_a, values_b, *, level: float = 0.95) -> Difference:
+def bootstrap_images(values_a: ArrayLike, values_b: ArrayLike, *, level: float = 0.95) -> Difference:
     """Compare two networks on the same test images, by resampling the images 9,999 times from a fixed seed.
 
     Unlike `mcnemar` this takes any number for each image, for example the drop from the dense network:
@@ -81,31 +82,32 @@ def bootstrap_images(values_a, values_b, *, level: float = 0.95) -> Difference:
 def by_image(frame: pd.DataFrame, hits: str = "hits") -> pd.DataFrame:
     """Turn each row of single networks into one row for each test image, so that images take the place of seeds.
 
-    `summary(table, by, "hit", interval="bootstrap", seed="image")` and `compare(table, by, "hit", pair_on="image",
-    test="mcnemar")` then do for networks what they do for arms of repeated runs.
+        `summary(table, by, "hit", interval="bootstrap", seed="image")` and `compare(table, by, "hit", pair_on="image",
+        test="mcnemar")` then do for networks what they do for arms of repeated runs.
 
-    Args:
-        frame: One row for each network, such as the table that `sweep` returns.
-        hits: The column that holds what each network got right: a list of 0 and 1 (or its JSON text, as a sweep's table
-            holds it), an array or a tensor, each of the same images in the same order.
+        Args:
+            frame: One row for each network, such as the table that `sweep` returns.
+            hits: The column that holds what each network got right: a list of 0 and 1 (or its JSON text, as a sweep's table
+                holds it), an array or a tensor, each of the same images in the same order.
 
-    Returns:
-        The other columns of `frame`, then image (counted from 0) and hit (0.0 or 1.0).
+        Returns:
+            The other columns of `frame`, then image (counted from 0) and hit (0.0 or 1.0).
 
-    Raises:
-        ValueError: If a row has another number of images than the first one.
+        Raises:
+            ValueError: If a row has another number of images than the first one.
 
-    Example:
-        >>> import pandas as pd
-        >>> networks = pd.DataFrame({"method": ["snip", "random"], "hits": [[1, 1, 0], [1, 0, 0]]})
-        >>> pu.statistics.by_image(networks)
-           method  image  hit
-        0    snip      0  1.0
-        1    snip      1  1.0
-        2    snip      2  0.0
-        3  random      0  1.0
-        4  random      1  0.0
-        5  random      2  0.0
+        Example:
+            >>> import pandas as pd
+    from numpy.typing import ArrayLike
+            >>> networks = pd.DataFrame({"method": ["snip", "random"], "hits": [[1, 1, 0], [1, 0, 0]]})
+            >>> pu.statistics.by_image(networks)
+               method  image  hit
+            0    snip      0  1.0
+            1    snip      1  1.0
+            2    snip      2  0.0
+            3  random      0  1.0
+            4  random      1  0.0
+            5  random      2  0.0
     """
     columns = [_per_image(json.loads(row) if isinstance(row, str) else row) for row in frame[hits]]
     lengths = [len(column) for column in columns]
