@@ -19,7 +19,7 @@ from .checkpoints import load, save
 from .controls import redraw
 from .costs import cost, cost_table
 from .data import IMAGENET_MEAN_STD, Images
-from .data.images import _root
+from .data.datasets import _root
 from .model_utils import accuracy, layer_table
 from .pruning import prune, scores, sparsity_at
 from .training import fit, gradual, gradual_sparsity
