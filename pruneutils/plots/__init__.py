@@ -13,7 +13,7 @@ from .curves import accuracy_vs_flops, accuracy_vs_sparsity, curves, pareto_fron
 from .layers import layer_bars, mask_overlap, sparsity_heatmap
 from .look import Style, method_styles, save, style
 from .scores import score_distribution
-from .ticks import percent, spread
+from .ticks import percent
 from .weights import LayerHistogram, layer_histograms, weight_histograms
 
 __all__ = [

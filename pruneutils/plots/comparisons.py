@@ -41,7 +41,7 @@ def differences(
     Args:
         frame: A row a run.
         by: The column that names the arms.
-        x: The column whose values are compared one by one, such as the sparsity, evenly spaced; None for one comparison.
+        x: The column at whose values arms are compared one by one, such as the sparsity; None for one comparison.
         y: The column to compare; differences of an accuracy are shown in percentage points.
         against: The reference arm; by default the one that comes first in the frame.
         pair_on: The column, or columns, that make two runs a pair.

@@ -14,7 +14,7 @@ from .._checks import one_of, unknown
 from .legends import legend_outside
 from .look import WIDTH, Style, dress, method_styles, picture
 from .tables import groups_of, note_of
-from .ticks import Percent, RoundTicks, SparsityTicks, fractions_on_y, gather, logarithmic, spread
+from .ticks import EachPercent, Percent, RoundTicks, SparsityTicks, fractions_on_y, gather, logarithmic, spread
 
 _SCALES = ("linear", "log")
 
@@ -85,7 +85,7 @@ def accuracy_vs_sparsity(
         draw_points(ax, groups[name], looks[name], str(name), bands, aside)
     if dense is not None:
         _level(ax, dense, interval, style)
-    ax.xaxis.set_major_formatter(Percent())
+    ax.xaxis.set_major_formatter(EachPercent() if scale == "log" else Percent())
     ax.xaxis.set_major_locator(SparsityTicks(places) if scale == "log" else RoundTicks())
     ax.minorticks_off()
     ax.set_xlabel(label)
@@ -154,8 +154,10 @@ def curves(
     one_of("xscale", xscale, _SCALES), one_of("yscale", yscale, _SCALES)
     groups = groups_of(frame, x, y, by, interval)
     if events is None:
-        growing = "sparsity" in frame.columns and y != "sparsity"
-        events = _prunings(groups_of(frame, x, "sparsity", by, interval)) if growing else {}
+        told = "sparsity" in frame.columns and "sparsity" not in (x, y)
+        growth = groups_of(frame, x, "sparsity", by, interval) if told else {}
+        # without `by` a curve bears the name of its column
+        events = _prunings(growth if by else dict(zip(groups, growth.values())))
     elif not isinstance(events, Mapping):
         events = dict.fromkeys(groups, events)
     for name in events:
@@ -179,7 +181,7 @@ def curves(
         ax.vlines(events[name], low, high, clip_on=False, **look)
     if rows:
         ax.plot([], [], linestyle="none", marker="|", color=style.muted, markeredgewidth=2, label="pruned (above)")
-        ax.set_title(ax.get_title("left"), pad=10 + 8 * len(rows), wrap=True)
+        ax.set_title(ax.get_title("left"), y=1, pad=10 + 8 * len(rows), wrap=True)
     _legend(ax, style, groups, interval, frame)
     return ax
 

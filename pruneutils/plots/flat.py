@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.transforms import ScaledTranslation
 
 from .look import Style, dress
 from .ticks import percent
@@ -37,6 +38,19 @@ def rows_with_names(ax: Axes, names: list[str], lit: list[int], style: Style, si
     return shown
 
 
+def aside(ax: Axes, points: float) -> ScaledTranslation:
+    """Return the transform that moves to the right by so many points."""
+    return ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
+
+
+def shares_at_the_right(ax: Axes, shares: dict[int, float], style: Style) -> None:
+    """Write {row: share kept} at the right of the Axes; where nothing is left it lights up."""
+    place = ax.get_yaxis_transform() + aside(ax, 6)
+    for row, share in shares.items():
+        ink = style.text if share else style.alarm
+        ax.text(1, row, percent(share), transform=place, color=ink, fontsize=8, va="center")
+
+
 def _frame(ax, layers, style, title):
     """What both forms share: rows with names at the left and shares at the right."""
     lit = [row for row, layer in enumerate(layers) if not layer.kept]
@@ -44,10 +58,7 @@ def _frame(ax, layers, style, title):
     ax.set_ylim(len(layers) - 0.5, -0.5)
     shown = rows_with_names(ax, [layer.layer for layer in layers], lit, style)
     limit = max(layer.limit for layer in layers)
-    for row in shown:
-        ink = style.alarm if row in lit else style.text
-        look = {"color": ink, "fontsize": 8, "va": "center", "textcoords": "offset points", "annotation_clip": False}
-        ax.annotate(percent(layers[row].kept / layers[row].total), (limit, row), (6, 0), **look)
+    shares_at_the_right(ax, {row: layers[row].kept / layers[row].total for row in shown}, style)
     ax.spines["left"].set_visible(False)
     ghost = "" if layers[0].before is None else "; {}: before pruning"
     return limit, lit, "weight value (share kept at the right" + ghost + ")"
@@ -67,7 +78,9 @@ def ridges(ax: Axes, layers: list, style: Style, title: str) -> Axes:
                 faces.append(face)
                 inks.append(ink)
     # One collection for all: it draws its polygons in their order, each layer over the one above.
-    ax.add_collection(PolyCollection(polygons, facecolors=faces, edgecolors=inks, linewidths=0.5, zorder=2), autolim=False)
+    ax.add_collection(
+        PolyCollection(polygons, facecolors=faces, edgecolors=inks, linewidths=0.5, zorder=2), autolim=False
+    )
     floors = [[(-limit, row + 0.5), (limit, row + 0.5)] for row in range(n)]
     inks = [style.alarm if row in lit else style.grid for row in range(n)]
     ax.add_collection(LineCollection(floors, colors=inks, linewidths=0.8, zorder=1.5), autolim=False)
@@ -97,7 +110,7 @@ def heat_map(ax: Axes, layers: list, style: Style, title: str) -> Axes:
     image = (1 - share) * pale + share * ramp(kept)[..., :3]
     ax.imshow(image, extent=(-limit, limit, n - 0.5, -0.5), aspect="auto", interpolation="nearest", zorder=0.5)
     for row in lit:
-        ax.plot([-limit, limit], [row, row], color=style.alarm, linewidth=1)
+        ax.plot([-limit, limit], [row, row], color=style.alarm, linewidth=min(1.0, 120 / n))
     note = f"{note.format('grey')}\ndarker: more weights per bin, relative to the layer's fullest bin"
     ax.set(xlim=(-limit, limit), xlabel=note if style.name == "light" else note.replace("darker", "brighter"))
     return ax

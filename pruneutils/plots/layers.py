@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .flat import rows_with_names
+from .flat import aside, rows_with_names, shares_at_the_right
 from .look import WIDTH, Style, contrast, dress, picture
 from .tables import need
 from .ticks import EachPercent, RoundTicks, percent, spread
 
-_BAR_TICKS = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)
+_BAR_TICKS = (0, 0.9, 0.99, 0.999, 0.9999, 0.5, 0.95, 0.995, 0.8, 0.98, 0.998)  # the most useful ones first
 
 
 @picture
@@ -51,22 +51,33 @@ def layer_bars(
     share = table["kept"].sum() / table["total"].sum()
     ax = ax or style.axes((WIDTH, 1.3 + min(0.155 * n if n > 24 else 0.3 * max(n, 3), 9.3)))
     dress(ax, style, f"Density by layer, {percent(share)} kept" if title is None else title, grid="x")
-    rows = np.arange(n)
-    empty = density == 0
-    ax.barh(rows, density, height=0.72, color=style.ordered(n))
-    ax.barh(rows[empty], np.ones(empty.sum()), height=0.72, color="none", edgecolor=style.alarm, hatch="////")
     ax.set_ylim(n - 0.4, -0.6)
-    named = rows_with_names(ax, [str(name) for name in table["layer"]], list(rows[empty]), style)
-    for row in named:
+    empty = density == 0
+    named = rows_with_names(ax, [str(name) for name in table["layer"]], list(np.flatnonzero(empty)), style)
+    draw_bars(ax, density, style, hatched=len(named) == n)
+    if len(named) < n:  # in a column of their own, as they would lie on the bars above and below
+        shares_at_the_right(ax, {row: density[row] for row in named}, style)
+    for row in named if len(named) == n else ():
         text, ink = (percent(density[row]), style.text) if density[row] else ("0 %: collapsed", style.alarm)
         box = {"facecolor": style.canvas, "edgecolor": "none", "pad": 0.8}  # on hatching, grid and the line below
         look = {"color": ink, "va": "center", "fontsize": 8, "bbox": box}
-        ax.annotate(text, (density[row], row), (4, 0), textcoords="offset points", **look)
+        ax.text(density[row], row, text, transform=ax.transData + aside(ax, 4), **look)
     ax.axvline(share, color=style.muted, linewidth=0.9, linestyle=":", zorder=0.9)
+    ax.set(
+        xlim=(0, max(1.18 * density.max(), 1.0 if empty.any() else 0)), xlabel="weights kept (dotted: in all layers)"
+    )
+    return ax
+
+
+def draw_bars(ax: Axes, density: np.ndarray, style: Style, hatched: bool = True) -> None:
+    """Draw a bar for each row, and light up the rows without a weight."""
+    n, empty = len(density), density == 0
+    rows = np.arange(n)
+    ax.barh(rows, density, height=0.72, color=style.ordered(n))
+    lit = {"facecolor": "none", "hatch": "////"} if hatched else {"facecolor": style.alarm, "alpha": 0.4}
+    ax.barh(rows[empty], np.ones(empty.sum()), height=0.72, edgecolor=style.alarm, **lit)
     ax.xaxis.set_major_formatter(EachPercent())
     ax.xaxis.set_major_locator(RoundTicks(6))
-    ax.set(xlim=(0, max(1.18 * density.max(), 1.0 if empty.any() else 0)), xlabel="weights kept (dotted: in all layers)")
-    return ax
 
 
 @picture
@@ -137,7 +148,7 @@ def sparsity_heatmap(
             ink = _ink(image, shade[row, column])
             ax.text(column, row, percent(value, decimals=1, sign=""), color=ink, fontsize=7.5, **look)
     ticks = [t for t in _BAR_TICKS if spread(t) <= image.norm.vmax]
-    _color_bar(ax, image, spread(np.array(ticks)), [EachPercent()(t) for t in ticks], "sparsity (log scale)", style)
+    _color_bar(ax, image, spread(ticks), [EachPercent()(t) for t in ticks], "sparsity (log scale)", style)
     if (grid == 1).any():
         ax.set_xlabel("× no weight is left", color=style.alarm, loc="left")
     return ax
@@ -194,7 +205,7 @@ def mask_overlap(
         look = {"color": _ink(image, values[row, column]), "ha": "center", "va": "center", "fontsize": 8}
         ax.text(column, row, f"{values[row, column]:.2f}", **look)
     _cell_frame(ax, names, names, style)
-    ticks = np.linspace(0, 1, 5)
+    ticks = (0, 1, 0.5, 0.25, 0.75)
     _color_bar(ax, image, ticks, [f"{t:g}" for t in ticks], label, style)
     return ax
 
@@ -208,8 +219,11 @@ def _ink(image, value) -> str:
 def _cell_frame(ax, rows, columns, style) -> list[int]:
     """Name rows and columns and draw lines between the cells; returns the rows named."""
     named = rows_with_names(ax, rows, [], style, size=8.5 if len(rows) <= 16 else 8)
-    step = math.ceil(len(columns) * 12 / (ax.get_window_extent().width * 72 / ax.figure.dpi))
-    ax.set_xticks(range(0, len(columns), step), columns[::step], rotation=40, ha="right", rotation_mode="anchor")
+    cell = ax.get_window_extent().width * 72 / ax.figure.dpi / len(columns)
+    slanted = max(map(len, columns)) * 0.64 * 8.5 + 6 > cell
+    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    step = math.ceil(12 / cell)
+    ax.set_xticks(range(0, len(columns), step), columns[::step], **turned)
     ax.tick_params(axis="x", length=0, labelcolor=style.text)
     ax.spines[:].set_visible(False)
     ax.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
@@ -220,8 +234,13 @@ def _cell_frame(ax, rows, columns, style) -> list[int]:
 
 
 def _color_bar(ax, image, ticks, labels, label, style):
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, fraction=0.05, aspect=18)
-    bar.set_ticks(ticks, labels=labels)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, fraction=0.05, aspect=18, anchor=(0, 1))
+    apart = 14 / (ax.get_window_extent().height * 72 / ax.figure.dpi) * (image.norm.vmax - image.norm.vmin)
+    shown = {}  # of ticks in the order of their use, those that have room
+    for tick, text in zip(ticks, labels):
+        if all(abs(tick - other) >= apart for other in shown):
+            shown[tick] = text
+    bar.set_ticks(list(shown), labels=list(shown.values()))
     bar.minorticks_off()
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=style.muted, labelsize=8, length=0)

@@ -23,11 +23,12 @@ def legend_outside(ax: Axes, style: Style, handles: Sequence, labels: Sequence[s
     options = {"title": note or None, "alignment": "left", "borderaxespad": 0, "borderpad": 0, "handlelength": 2.6}
     legend = ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, 0), **options)
     extent, room = legend.get_window_extent(), ax.get_window_extent()
-    if extent.width > 0.4 * room.width:
-        if extent.width:
-            widest = max((text.get_window_extent().width for text in legend.get_texts()), default=extent.width)
+    if not handles or extent.width > 0.4 * room.width:
+        if handles:
+            widest = max(text.get_window_extent().width for text in legend.get_texts())
             columns = max(1, math.floor(room.width / (widest + 5 * 8.5 * ax.figure.dpi / 72)))
-            options["ncols"] = min(columns, max(len(labels), 1))
+            options["ncols"] = min(columns, len(labels))
+        options["title"] = note.replace("\n", " ") or None
         x, y, corner = 0, -_BELOW, (0, 0)
     else:
         x, y, corner = _BESIDE, 0, (1, 1)

@@ -235,9 +235,9 @@ def dress(ax: Axes, style: Style, title: str | None = None, grid: str | None = N
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(style.muted)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.label.set_color(style.text)
+        axis.label.set(color=style.text, fontsize=9, fontfamily="DejaVu Sans")
     if grid:
         ax.grid(axis=grid, color=style.grid, linewidth=0.6)
         ax.set_axisbelow(True)
     if title:
-        ax.set_title(title, wrap=True)
+        ax.set_title(title, y=1, wrap=True)  # matplotlib would look for its height among the labels of all ticks

@@ -58,7 +58,7 @@ class Percent(ticker.Formatter):
         self.unit, self.signed, self.decimals = unit, signed, 0
 
     def set_locs(self, locs):
-        self.locs = locs
+        """Choose the decimals."""
         values = 100 * np.asarray(locs, float)
         self.decimals = next((d for d in range(6) if np.allclose(values, values.round(d), rtol=0, atol=1e-6)), 6)
 
@@ -86,7 +86,7 @@ class _WithRoom(ticker.Locator):
         half = np.array([max(map(len, label.split("\n"))) for label in labels]) * _EM * float(size) / 2 / points
         order = np.argsort(places)
         places, half = np.asarray(places)[order], half[order]
-        return bool((np.diff(places) > half[1:] + half[:-1] + 6 / points).all())
+        return bool((np.diff(places) > half[1:] + half[:-1] + 9 / points).all())
 
 
 class RoundTicks(ticker.MaxNLocator, _WithRoom):

@@ -80,22 +80,27 @@ def waterfall(ax: Axes, layers: list, style: Style, title: str) -> Axes:
         text = f"{_broken(layer.layer)}  {percent(layer.kept / layer.total)}"
         names.append(_label(ax, limit * 1.04, y, text, style.text if layer.kept else style.alarm, 9, va="center"))
     look = {"color": style.muted, "size": 8.5, "ha": "center", "va": "top"}
-    values = [_label(ax, tick, front - 0.06 * n, f"{tick:.3g}".replace("-", "−"), **look) for tick in ticks]
+    values = [_label(ax, tick, front - 0.04 * n, f"{tick:.3g}".replace("-", "−"), **look) for tick in ticks]
     ax.set(xlim=(-limit, limit), ylim=(front, back), zlim=(0, 1))
     ax.view_init(24, -68)
     place = _place(ax)
     note = "weights kept, share kept at the right" + ("" if layers[0].before is None else "; pale: before pruning")
     foot = "height: weights per bin, relative to the layer's fullest bin; floor: weight value"
     top = _written(ax, place, place.y1, [(title, 13, style.text, "bold"), (note, 9.5, style.muted, "normal")])
+    said = ax.texts[-1]
     bottom = _written(ax, place, None, [(foot, 8.5, style.muted, "normal")])
     _fit(ax, Bbox([[place.x0, bottom], [place.x1, top]]), names + values)
-    _name_where_free(layers, names)
+    named = _name_where_free(layers, names)
+    if named < n:
+        said.set_text(f"{said.get_text()}; {named} of {n} layers are named")
     _thin(values)
     return ax
 
 
 def _label(ax, x, y, text, color, size, **options):
-    return ax.add_artist(Label(x, y, 0, text, color=color, fontsize=size, **options))
+    label = ax.add_artist(Label(x, y, 0, text, zdir=None, color=color, fontsize=size, **options))
+    label.set_clip_on(False)
+    return label
 
 
 def _broken(name, longest=26) -> str:
@@ -171,14 +176,15 @@ def _fit(ax, room: Bbox, labels) -> None:
     ax.set_box_aspect(_ASPECT, zoom=_ZOOM * factor)
 
 
-def _name_where_free(layers, names) -> None:
-    """Hide names that would lie on others: layers that have collapsed are named first."""
+def _name_where_free(layers, names) -> int:
+    """Hide names that would lie on others, and count the rest: layers that have collapsed are named first."""
     shown = []
-    for layer, name in sorted(zip(layers, names), key=lambda pair: pair[0].kept > 0):
+    for _, name in sorted(zip(layers, names), key=lambda pair: pair[0].kept > 0):
         box = name.get_window_extent().padded(-0.5)
         name.set_visible(not any(box.overlaps(other) for other in shown))
         if name.get_visible():
             shown.append(box)
+    return len(shown)
 
 
 def _thin(values) -> None:

@@ -114,22 +114,23 @@ class BinnedWeights:
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor]):
-        self._layers = []
+        self._layers = []  # name, bins, edges, counts of all, counts of those that are not zero, limit
         values = {name: flat(weight, name) for name, weight in weights.items()}
         limits = {name: _reach(value) for name, value in values.items()}
         widest = max(limits.values()) or 1.0
         for name, value in values.items():
             limit, n = limits[name] or widest, _odd(2.2 * math.sqrt(value.numel()))
             bins = _bins(value, limit, n)
-            self._layers.append((name, bins, _edges(limit, n, [value]), _count(bins, None, n), limit))
+            counts = _count(bins, None, n), _count(bins, value != 0, n)
+            self._layers.append((name, bins, _edges(limit, n, [value]), *counts, limit))
 
     def histograms(self, masks: Mapping[str, torch.Tensor], before: bool = True) -> list[LayerHistogram]:
-        """Count what masks keep; a layer without one is kept whole."""
+        """Count what masks keep; in a layer without one, the weights that are not zero."""
         rows = []
-        for name, bins, edges, all_counts, limit in self._layers:
+        for name, bins, edges, everything, not_zero, limit in self._layers:
             keep = masks[name].reshape(-1).cpu() if name in masks else None
-            counts = all_counts if keep is None else _count(bins, keep, len(all_counts))
-            ghost = all_counts if before else None
+            counts = not_zero if keep is None else _count(bins, keep, len(everything))
+            ghost = everything if before else None
             rows.append(LayerHistogram(layer_name(name), edges, counts, ghost, float(limit), bins.numel()))
         return rows
 
@@ -189,8 +190,14 @@ def _count(bins, keep, n) -> np.ndarray:
     counts, out = torch.zeros(n + 1, dtype=torch.int64), torch.tensor(n, dtype=bins.dtype)
     for start in range(0, bins.numel(), _PIECE):
         piece = slice(start, start + _PIECE)
-        counts += torch.bincount(bins[piece] if keep is None else torch.where(keep[piece], bins[piece], out), minlength=n + 1)
+        kept = bins[piece] if keep is None else torch.where(keep[piece], bins[piece], out)
+        counts += torch.bincount(kept, minlength=n + 1)
     return counts[:n].numpy()
+
+
+def kind_for(n: int, flat: bool = False) -> str:
+    """Return the kind of picture in which `n` layers stay legible."""
+    return "3d" if n <= 7 and not flat else "ridge" if n <= 24 else "heatmap"
 
 
 @picture
@@ -237,8 +244,7 @@ def layer_histograms(
     given = isinstance(model, list) and all(isinstance(layer, LayerHistogram) for layer in model)
     n = len(model) if given else len(prunable_weights(model))
     if kind == "auto":
-        solid = ax.name == "3d" if ax is not None else n <= 7
-        kind = "3d" if solid else "ridge" if n <= 24 else "heatmap"
+        kind = "3d" if ax is not None and ax.name == "3d" else kind_for(n, flat=ax is not None)
     if ax is not None and (ax.name == "3d") != (kind == "3d"):
         raise ValueError(f'kind="{kind}" cannot be drawn into a {ax.name} Axes; the 3d one needs projection="3d"')
     layers = model if given else weight_histograms(model, before, bins)
