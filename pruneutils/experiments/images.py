@@ -82,38 +82,37 @@ def bootstrap_images(values_a: ArrayLike, values_b: ArrayLike, *, level: float =
 def by_image(frame: pd.DataFrame, hits: str = "hits") -> pd.DataFrame:
     """Turn each row of single networks into one row for each test image, so that images take the place of seeds.
 
-        `summary(table, by, "hit", interval="bootstrap", seed="image")` and `compare(table, by, "hit", pair_on="image",
-        test="mcnemar")` then do for networks what they do for arms of repeated runs.
+    `summary(table, by, "hit", interval="bootstrap", seed="image")` and `compare(table, by, "hit", pair_on="image",
+    test="mcnemar")` then do for networks what they do for arms of repeated runs.
 
-        Args:
-            frame: One row for each network, such as the table that `sweep` returns.
-            hits: The column that holds what each network got right: a list of 0 and 1 (or its JSON text, as a sweep's table
-                holds it), an array or a tensor, each of the same images in the same order.
+    Args:
+        frame: One row for each network, such as the table that `sweep` returns.
+        hits: The column that holds what each network got right: a list of 0 and 1 (or its JSON text, as a sweep's table
+            holds it), an array or a tensor, each of the same images in the same order.
 
-        Returns:
-            The other columns of `frame`, then image (counted from 0) and hit (0.0 or 1.0).
+    Returns:
+        The other columns of `frame`, then image (counted from 0) and hit (0.0 or 1.0).
 
-        Raises:
-            ValueError: If a row has another number of images than the first one.
+    Raises:
+        ValueError: If a row has another number of images than the first one.
 
-        Example:
-            >>> import pandas as pd
-    from numpy.typing import ArrayLike
-            >>> networks = pd.DataFrame({"method": ["snip", "random"], "hits": [[1, 1, 0], [1, 0, 0]]})
-            >>> pu.statistics.by_image(networks)
-               method  image  hit
-            0    snip      0  1.0
-            1    snip      1  1.0
-            2    snip      2  0.0
-            3  random      0  1.0
-            4  random      1  0.0
-            5  random      2  0.0
+    Example:
+        >>> import pandas as pd
+        >>> networks = pd.DataFrame({"method": ["snip", "random"], "hits": [[1, 1, 0], [1, 0, 0]]})
+        >>> pu.statistics.by_image(networks)
+           method  image  hit
+        0    snip      0  1.0
+        1    snip      1  1.0
+        2    snip      2  0.0
+        3  random      0  1.0
+        4  random      1  0.0
+        5  random      2  0.0
     """
     columns = [_per_image(json.loads(row) if isinstance(row, str) else row) for row in frame[hits]]
     lengths = [len(column) for column in columns]
     if len({*lengths}) > 1:
         raise ValueError(f"column {hits!r} holds rows of {' and '.join(map(str, sorted({*lengths})))} images")
-    table = frame.drop(columns=hits).loc[frame.index.repeat(lengths)].reset_index(drop=True)
+    table = frame.drop(columns=hits).iloc[np.repeat(np.arange(len(frame)), lengths)].reset_index(drop=True)
     images = [np.arange(length) for length in lengths]
     return table.assign(image=np.concatenate([*images, []]).astype(int), hit=np.concatenate([*columns, []]))
 

@@ -263,6 +263,7 @@ def test_images_take_the_place_of_seeds():
     table = by_image(texts)
     assert list(table.columns) == ["method", "sparsity", "image", "hit"] and len(table) == 300
     pd.testing.assert_frame_equal(table, by_image(frame.assign(hits=[a, b.numpy(), a])))
+    pd.testing.assert_frame_equal(table, by_image(frame.set_index(pd.Index([0, 0, 0]))))
     compared = compare(table, value="hit", pair_on="image", test="mcnemar", within="sparsity", against="random")
     expected = mcnemar(a, b)
     for row in compared.itertuples():
