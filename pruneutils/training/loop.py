@@ -108,6 +108,7 @@ def fit(
         in_mode(model, training=True),
     ):
         for epoch in range(1, epochs + 1):
+            model.train()  # an `on_step` may have left it in eval mode
             started = time.perf_counter()
             loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
             for inputs, targets in setup.new_epoch():
