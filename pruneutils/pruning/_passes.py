@@ -1,5 +1,12 @@
-"""Passes through a network that stop at one of its layers."""
+"""Forward passes that stand still at chosen layers, so that many batches can go through a network side by side.
 
+What a layer is given after a repair depends on all batches, and what the next layer reads depends on that. Running every
+batch anew for each layer would take as many passes as there are layers. Here each batch is run once, in a thread of its
+own that waits at every layer until the others have come as far. Only one thread runs at a time.
+"""
+
+import queue
+import threading
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -9,57 +16,79 @@ from .._checks import is_pair
 from .._torch import device_of
 
 
-class _Reached(Exception):
-    """The layer has been called as often as it is in one pass."""
-
-
-def inputs_of(data: object, model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the inputs (N, ...) of each batch on the model's device; targets, if there are any, are left out."""
+def inputs_of(data: object, model: nn.Module) -> list[torch.Tensor]:
+    """Return the inputs (N, ...) of each batch on the model's device; targets, if there are any, are left out."""
     if torch.is_tensor(data) or is_pair(data):
         data = [data]
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be inputs, an (inputs, targets) pair, or an iterable of such, not {type(data)}")
-    empty = True
-    for batch in data:
-        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not torch.is_tensor(inputs):
+    batches = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in data]
+    for batch in batches:
+        if not torch.is_tensor(batch):
             raise TypeError(f"a batch must be inputs or an (inputs, targets) pair of tensors, not {type(batch)}")
-        if len(inputs):
-            empty = False
-            yield inputs.to(device_of(model))
-    if empty:
+    batches = [batch.to(device_of(model)) for batch in batches if len(batch)]
+    if not batches:
         raise ValueError("data holds no sample")
+    return batches
 
 
-def calls_of(model: nn.Module, modules: Iterable[nn.Module], inputs: torch.Tensor) -> dict[nn.Module, int]:
-    """Return {module: how often one pass calls it} of those that it calls, in the order of their first call."""
-    calls: dict[nn.Module, int] = {}
-    hooks = [m.register_forward_pre_hook(lambda m, _: calls.update({m: calls.get(m, 0) + 1})) for m in modules]
-    try:
-        model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+class _Stopped(Exception):
+    """Nobody wants to know how this pass goes on."""
 
 
-def run_until(model: nn.Module, module: nn.Module, n_calls: int, inputs: torch.Tensor, outputs: bool) -> list:
-    """Run a network as far as the last of `n_calls` calls of a module; return what it reads there, or gives, each time.
+def stops(
+    model: nn.Module, modules: Iterable[nn.Module], inputs: torch.Tensor, after: bool = False
+) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """Run a network and yield (module, what it reads) at each call of the modules; the pass stands still meanwhile.
 
-    With `outputs` its outputs are returned and otherwise its inputs, in which case the last call is not computed.
+    With `after`, what it gives is yielded. Closing the iterator ends the pass.
     """
-    seen = []
+    here, there = queue.SimpleQueue(), queue.SimpleQueue()
 
     def listen(module, args, output=None):
-        seen.append(output if outputs else args[0])
-        if len(seen) == n_calls:
-            raise _Reached
+        if threading.current_thread() is thread:  # and not the pass of another batch
+            here.put((module, output if after else args[0]))
+            if there.get() is _Stopped:
+                raise _Stopped
 
-    hook = module.register_forward_hook(listen) if outputs else module.register_forward_pre_hook(listen)
+    def run():
+        try:
+            with torch.no_grad():
+                model(inputs)
+            here.put(None)
+        except BaseException as error:
+            here.put(error)
+
+    register = "register_forward_hook" if after else "register_forward_pre_hook"
+    hooks = [getattr(module, register)(listen) for module in modules]
+    thread = threading.Thread(target=run, daemon=True)
     try:
-        model(inputs)
-    except _Reached:
-        pass
+        thread.start()
+        while (stop := here.get()) is not None:
+            if isinstance(stop, BaseException):
+                raise stop
+            yield stop
+            there.put(None)
     finally:
-        hook.remove()
-    return seen
+        there.put(_Stopped)
+        thread.join()
+        for hook in hooks:
+            hook.remove()
+
+
+def side_by_side(passes: list[Iterator]) -> Iterator[tuple[nn.Module, list[torch.Tensor]]]:
+    """Yield (module, what each of the passes has there), with all passes at the same call."""
+    try:
+        while True:
+            here = [next(each, None) for each in passes]
+            if all(stop is None for stop in here):
+                return
+            if any(stop is None or stop[0] is not here[0][0] for stop in here):
+                raise ValueError("the batches take different ways through the network, so they cannot go side by side")
+            module, tensors = here[0][0], [tensor for _, tensor in here]
+            del here  # nothing but the passes themselves shall hold on to their tensors
+            yield module, tensors
+            del tensors
+    finally:
+        for each in passes:
+            each.close()

@@ -5,6 +5,7 @@ that no longer exists, and the weights that stay do not know that others are gon
 inputs and no labels.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
@@ -17,7 +18,7 @@ from .._checks import is_pair
 from .._torch import device_of, in_mode
 from ..model_utils import accuracy, get_masks, layer_name, prunable_weights
 from ._leastsquares import add, fit
-from ._passes import calls_of, inputs_of, run_until
+from ._passes import inputs_of, side_by_side, stops
 from ._slicing import removed_cuts
 
 _Norm = nn.modules.batchnorm._BatchNorm
@@ -34,65 +35,73 @@ class Recalibration:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, data: object, test: object = None, *, by_layer: bool = False) -> Recalibration:
-    """Measure the statistics of all batch norms anew, in place.
+def recalibrate(model: nn.Module, data: object, test: object = None) -> Recalibration:
+    """Measure the statistics of all batch norms anew, exactly and in place.
 
     The mean and the unbiased variance of each batch norm become those of its input over all samples of all batches,
-    pooled in float64: nothing is left of the old ones, and no moving average is involved. In the one pass that this
-    takes, every batch is normalised by its own statistics, as in training, so batches should be mixed and as large as
-    those of training. With `by_layer`, one pass for each batch norm measures it behind those that are measured already:
-    afterwards the statistics are exactly those of its inputs in the network as it is, however the data is divided.
+    pooled in float64, in the network as it is afterwards: a layer is measured behind those that are measured already. So
+    nothing is left of the old statistics, no moving average is involved, and it does not matter how the data is divided
+    into batches. It takes one pass; the batches go side by side from one batch norm to the next, and what is alive
+    between two of them is in memory for all samples at once.
 
     Args:
         model: A model with batch norm.
         data: Inputs (N, ...) to measure on: a tensor, one (inputs, targets) pair, or an iterable of such batches. A few
             hundred samples of the training data are usual.
         test: What to measure the accuracy on; by default `data`, if it has targets.
-        by_layer: Whether to measure one layer after the other.
 
     Returns:
         A `Recalibration`: how many layers were measured on how many samples, and the accuracy before and after.
 
     Raises:
-        ValueError: If the model has no batch norm with running statistics, `data` is empty, a batch is too small to have
-            a variance, or a statistic is NaN or infinite. The model is then as it was.
+        ValueError: If the model has no batch norm with running statistics, `data` is empty, one value is all that a
+            batch norm reads, or a statistic is NaN or infinite. The model is then as it was.
 
     Example:
         >>> model = pu.models.create("resnet20", num_classes=10, in_channels=1)
         >>> train, test = pu.data.load("digits")
-        >>> done = pu.recalibrate(model, train.batch(64), test)
+        >>> done = pu.recalibrate(model, train.batch(64)[0])
         >>> done.layers, done.samples
         (19, 64)
 
     References:
-        Li et al. 2020, EagleEye (adaptive batch norm). Frankle et al. 2021 on what batch norm alone can do.
+        Li et al. 2020, EagleEye (adaptive batch norm).
     """
     names = {m: name for name, m in model.named_modules() if isinstance(m, _Norm) and m.running_mean is not None}
     if not names:
         raise ValueError(f"{type(model).__name__} has no batch norm with running statistics: nothing to measure")
     data = list(data) if isinstance(data, Iterator) else data
-    if test is None and _has_targets(data):
-        test = data
+    test = data if test is None and _has_targets(data) else test
+    inputs = inputs_of(data, model)
     before = None if test is None else accuracy(model, test)
-    saved = {m: [None if b is None else b.clone() for b in _statistics(m)] for m in names}
+    buffers = [b for m in names for b in (m.running_mean, m.running_var, m.num_batches_tracked) if b is not None]
+    saved = [buffer.clone() for buffer in buffers]
+    tallies: dict[nn.Module, _Tally] = {}
     try:
-        if by_layer:
-            with in_mode(model, training=False):
-                calls = calls_of(model, names, next(inputs_of(data, model)))
-            for module, n_calls in calls.items():
-                samples, n_batches = _measure(model, data, {module: names[module]}, n_calls)
-        else:
-            samples, n_batches = _measure(model, data, names)
+        with in_mode(model, training=False):
+            for module, tensors in side_by_side([stops(model, names, x) for x in inputs]):
+                tally = tallies.setdefault(module, _Tally())
+                for tensor in tensors:
+                    tally.add(tensor)
+                _set_statistics(module, names[module], tally, len(inputs))
     except BaseException:
-        for module, values in saved.items():
-            for buffer, value in zip(_statistics(module), values):
-                if buffer is not None:
-                    buffer.copy_(value)
+        for buffer, value in zip(buffers, saved):
+            buffer.copy_(value)
         raise
-    for module in names:
-        if module.num_batches_tracked is not None:
-            module.num_batches_tracked.fill_(n_batches)
-    return Recalibration(len(names), samples, before, None if test is None else accuracy(model, test))
+    after = None if test is None else accuracy(model, test)
+    return Recalibration(len(tallies), sum(len(x) for x in inputs), before, after)
+
+
+def _set_statistics(module, name, tally, n_batches) -> None:
+    if tally.n == 1:
+        raise ValueError(f"{name}: a single value has no variance; use more data")
+    variance = tally.m2 / (tally.n - 1)
+    if not (torch.isfinite(tally.mean).all() and torch.isfinite(variance).all()):
+        raise ValueError(f"{name}: its inputs are NaN or infinite")
+    module.running_mean.copy_(tally.mean)
+    module.running_var.copy_(variance)
+    if module.num_batches_tracked is not None:
+        module.num_batches_tracked.fill_(n_batches)
 
 
 def _has_targets(data) -> bool:
@@ -119,51 +128,6 @@ class _Tally:
         self.mean, self.n = self.mean + delta * (n / total), total
 
 
-def _measure(model, data, names, n_calls=None) -> tuple[int, int]:
-    """Give batch norms the statistics of one pass over the data; return the numbers of samples and batches.
-
-    With `n_calls` it is a single one, called so often in a pass, behind others that keep theirs.
-    """
-    tallies = {module: _Tally() for module in names}
-    samples = n_batches = 0
-
-    def listen(module, args):
-        values = args[0].detach()
-        if n_calls is None and values.numel() == values.shape[1]:
-            raise ValueError(f"{names[module]}: a batch of one sample has no variance; use larger batches")
-        tallies[module].add(values)
-
-    hooks = [module.register_forward_pre_hook(listen) for module in names]
-    try:
-        with in_mode(model, training=False):
-            for module in names if n_calls is None else ():
-                module.training = True
-            for inputs in inputs_of(data, model):
-                samples, n_batches = samples + len(inputs), n_batches + 1
-                if n_calls is None:
-                    model(inputs)
-                else:
-                    run_until(model, next(iter(names)), n_calls, inputs, outputs=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for module, tally in tallies.items():
-        if tally.n == 0:
-            continue  # the forward pass does not go through this one
-        if tally.n == 1:
-            raise ValueError(f"{names[module]}: one value in all has no variance; use more data")
-        variance = tally.m2 / (tally.n - 1)
-        if not (torch.isfinite(tally.mean).all() and torch.isfinite(variance).all()):
-            raise ValueError(f"{names[module]}: its inputs are NaN or infinite")
-        module.running_mean.copy_(tally.mean)
-        module.running_var.copy_(variance)
-    return samples, n_batches
-
-
-def _statistics(module):
-    return module.running_mean, module.running_var, module.num_batches_tracked
-
-
 # --- Weights by least squares ----------------------------------------------------------------------------------------
 
 
@@ -185,15 +149,16 @@ def reconstruct(
 
     over all samples and positions: x is what the layer reads in the pruned network, whose layers before it are fitted
     already, and y what the same layer gives in the dense network. Masks stay as they are, and so do biases and batch
-    norms. Where filters were removed by `prune_filters`, y are the outputs of those that are left. Only the matrices
-    sum x x^T and sum x y^T of one layer are held at a time. Layers that a module uses as a function, such as the output
-    projection of `nn.MultiheadAttention`, are left out.
+    norms. Where filters were removed by `prune_filters`, y are the outputs of those that are left. It takes one pass of
+    both networks; in memory are the matrices sum x x^T and sum x y^T of one layer, and what is alive between two layers,
+    for all samples. A layer that is called more than once stays as it is, and so does one that is used as a function,
+    such as the output projection of `nn.MultiheadAttention`.
 
     Args:
         model: The pruned network.
         dense: The same network before pruning.
-        data: Inputs (N, ...) to fit on: a tensor, one (inputs, targets) pair, or an iterable of such batches. Each layer
-            takes a pass of both networks over all of them, as far as that layer.
+        data: Inputs (N, ...) to fit on: a tensor, one (inputs, targets) pair, or an iterable of such batches. Batches
+            of 10 to 100 are fastest, and more samples than a layer has inputs best.
         damping: How strongly the weights are held where they are, relative to the mean square of the inputs, summed over
             all samples; 0 is plain least squares.
         exclude: Names or globs of layers to leave as they are.
@@ -222,24 +187,26 @@ def reconstruct(
     """
     if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be a number of at least 0, not {damping!r}")
-    data = list(data) if isinstance(data, Iterator) else data
     weights, masks = prunable_weights(model, exclude), get_masks(model)
     layers = {model.get_submodule(layer_name(name)): name for name in weights}
     rows = {name: _rows(model, dense, name) for name in weights}
+    inputs = inputs_of(data, model)
+    with in_mode(model, training=False):
+        calls = Counter(module for module, _ in stops(model, layers, inputs[0][:1]))
     saved = [(p, p.detach().clone()) for module in layers for p in module._parameters.values() if p is not None]
     table = []
     try:
         with in_mode(model, training=False), in_mode(dense, training=False):
-            for module, n_calls in calls_of(model, layers, next(inputs_of(data, model))).items():
+            once = [module for module in layers if calls.get(module) == 1]
+            twins = [dense.get_submodule(layer_name(layers[module])) for module in once]
+            wanted = side_by_side([stops(dense, twins, x.to(device_of(dense)), after=True) for x in inputs])
+            for module, reads in side_by_side([stops(model, once, x) for x in inputs]):
                 name, sums = layers[module], None
-                twin = dense.get_submodule(layer_name(name))
-                for inputs in inputs_of(data, model):  # one iteration for both: a loader may shuffle
-                    reads = run_until(model, module, n_calls, inputs, outputs=False)
-                    gives = run_until(dense, twin, n_calls, inputs.to(device_of(dense)), outputs=True)
-                    for x, y in zip(reads, gives, strict=True):
-                        y = y if isinstance(module, nn.Linear) else y.movedim(1, -1)
-                        y = y if len(rows[name]) == y.shape[-1] else y[..., rows[name]]
-                        sums = add(sums, module, x, y.to(x.device), fit_bias)
+                _, gives = next(wanted)
+                for x, y in zip(reads, gives, strict=True):
+                    y = y if isinstance(module, nn.Linear) else y.movedim(1, -1)
+                    y = y if len(rows[name]) == y.shape[-1] else y[..., rows[name]]
+                    sums = add(sums, module, x, y.to(x.device), fit_bias)
                 if not (torch.isfinite(sums.xx).all() and torch.isfinite(sums.xy).all()):
                     raise ValueError(f"{layer_name(name)}: its inputs or the outputs of the dense layer are NaN or infinite")
                 keep = masks[name] if name in masks else module.weight != 0
