@@ -20,6 +20,7 @@ from .filters import filter_table, prune_filters
 from .granularities import Block, Granularity, NofM, Tiles, granularity
 from .importance import filter_scores, importance, list_importances
 from .rebinding import rebind_optimizer
+from .repair import Recalibration, recalibrate, reconstruct
 from .schedules import Schedule, schedule, sparsity_at
 from .scopes import Scope, competitions, erk_sparsities, scope
 from .tracking import track_importance
@@ -28,6 +29,7 @@ __all__ = [
     "Block",
     "LayerCollapseWarning",
     "NofM",
+    "Recalibration",
     "Tiles",
     "TiedScoresWarning",
     "criterion",
@@ -43,6 +45,8 @@ __all__ = [
     "prune_filters",
     "prune_threshold",
     "rebind_optimizer",
+    "recalibrate",
+    "reconstruct",
     "replay",
     "schedule",
     "scope",

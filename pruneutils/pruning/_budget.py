@@ -135,7 +135,7 @@ def order_units(
     unit_of = np.concatenate([np.arange(group.n_units) for group in groups])
     starts = np.cumsum([0, *(group.n_units for group in groups)])
     stays = [
-        start + np.argsort(mean, kind="stable")[-max(1, math.ceil(min_density * len(mean))) :]
+        start + np.argsort(mean, kind="stable")[-max(1, math.ceil(round(min_density * len(mean), 9))) :]
         for start, mean in zip(starts, means)
     ]
     may_go = np.setdiff1d(np.arange(len(score)), np.concatenate(stays))
