@@ -4,11 +4,13 @@ Notebooks that ask different questions of the same runs share them here.
 """
 
 import copy
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -328,6 +330,32 @@ def arm_names(frame: pd.DataFrame) -> pd.Series:
     return words.where(~frame.design.isin(["dense", "ramp"]), frame.design)
 
 
+def courses(prunings: Sequence[int], target: float, epochs: int, points: int = 401) -> pd.DataFrame:
+    """Compute how sparsity and learning rate run in both designs, for pictures of the designs.
+
+    Args:
+        prunings: The numbers of prunings to show.
+        target: The sparsity at the end, a fraction.
+        epochs: Of pruning and recovery together.
+        points: How many places in time.
+
+    Returns:
+        A row per design, number of prunings and place: epoch (from 0), sparsity, and learning rate as a fraction of the
+        first one.
+    """
+    frames = []
+    for design, n in itertools.product(("restarts", "recovery"), prunings):
+        epoch = np.linspace(0, epochs, points)
+        first, end = (0, epochs) if design == "restarts" else (epochs / 2 / n, epochs / 2 + epochs / 2 / n)
+        done = np.clip(np.floor((epoch - first) / ((end - first) / n) + 1 + 1e-9), 0, n)
+        stage = epochs / n if design == "restarts" else epochs
+        rate = 0.5 * (1 + np.cos(np.pi * np.where(epoch == epochs, 1.0, epoch % stage / stage)))
+        course = {"epoch": epoch, "sparsity": [sparsity_at(i / n, target) for i in done], "learning rate": rate}
+        frames.append(pd.DataFrame(course).assign(design=design, equal=LABELS[design], prunings=n))
+    found = pd.concat(frames, ignore_index=True)
+    return found.assign(arm=arm_names(found))
+
+
 def last_epochs(frame: pd.DataFrame, target: float | None = None) -> pd.DataFrame:
     """Take the last epoch of each finished run, of one target only if it is given, with its arm and its design."""
     done = frame[frame.status == "done"]
@@ -338,15 +366,9 @@ def last_epochs(frame: pd.DataFrame, target: float | None = None) -> pd.DataFram
 
 
 def prunings_against_one(final: pd.DataFrame) -> pd.DataFrame:
-    """Compare several prunings and the ramp with one pruning, in each design; each design is a family of its own."""
+    """Compare several prunings and the ramp with one pruning, within each design; all these questions are one family."""
     pruned = final[final.design != "dense"].sort_values(["design", "prunings"], ascending=[False, True])
-    tables = []
-    for equal, rows in pruned.groupby("equal", sort=False):
-        if rows.arm.nunique() > 1 and "1 pruning" in set(rows.arm):
-            found = compare(rows, by="arm", value="test_accuracy", against="1 pruning")
-            tables.append(found.assign(equal=equal))
-    columns = ["equal", "a", "b", "n", "difference", "low", "high", "p_holm", "differs", "larger"]
-    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+    return compare(pruned, by="arm", value="test_accuracy", within="equal", against="1 pruning")
 
 
 def gradual_and_instant(final: pd.DataFrame, prunings: int | None = None) -> pd.DataFrame:
