@@ -366,7 +366,7 @@ def last_epochs(frame: pd.DataFrame, target: float | None = None) -> pd.DataFram
 
 
 def prunings_against_one(final: pd.DataFrame) -> pd.DataFrame:
-    """Compare several prunings and the ramp with one pruning, within each design; all these questions are one family."""
+    """Compare several prunings and the ramp with one pruning, within each design, all questions as one family."""
     pruned = final[final.design != "dense"].sort_values(["design", "prunings"], ascending=[False, True])
     return compare(pruned, by="arm", value="test_accuracy", within="equal", against="1 pruning")
 
