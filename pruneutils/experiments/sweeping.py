@@ -225,7 +225,7 @@ def _warn(configs, outcomes, code, folder):
     """Warn once of each thing that a reader of the table must know."""
     failed = [key for key, outcome in outcomes.items() if outcome.status == "failed"]
     missing = [key for key, outcome in outcomes.items() if outcome.status == "missing"]
-    other = [key for key, outcome in outcomes.items() if outcome.record and outcome.record["code"] != code]
+    other = [key for key, outcome in outcomes.items() if outcome.record and outcome.record.get("code", code) != code]
     where = f" in {folder}" if folder else ""
     for keys, told in (
         (failed, f"failed; tracebacks are in the records{where}, retry_failed=True runs them again"),
@@ -235,7 +235,7 @@ def _warn(configs, outcomes, code, folder):
     ):  # fmt: skip
         if keys:
             outcome = outcomes[keys[0]]
-            error = outcome.record["error"] if outcome.record else outcome.error
+            error = outcome.record.get("error") if outcome.record else outcome.error
             reason = f": {error}" if error else ""
             told = f"{len(keys)} of {len(configs)} runs {told}; one of them is {configs[keys[0]]}{reason}"
             warnings.warn(told, stacklevel=3)
