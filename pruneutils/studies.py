@@ -137,7 +137,9 @@ def at_initialization(criterion: str, iterations: int, compressions: list[float]
     return rows
 
 
-def evaluation_mode(network: str, mode: str, normalisation: str, batch_size: int = 128) -> dict:
+def evaluation_mode(
+    network: str, mode: str, normalisation: str, batch_size: int = 128, order: int | None = None
+) -> dict:
     """Measure a public checkpoint with running or batch statistics, normalised as trained or by (.5, .5).
 
     A published pruning study never called `model.eval()` and normalised by (.5, .5); this takes the two apart.
@@ -147,18 +149,22 @@ def evaluation_mode(network: str, mode: str, normalisation: str, batch_size: int
         mode: "running" (evaluation mode) or "batch" (training mode, whose statistics depend on the batch).
         normalisation: "as trained" (ImageNet's mean and deviation) or "half".
         batch_size: Of the evaluation.
+        order: The seed that shuffles the test images, as CIFAR-10's own files are shuffled; None leaves the images in
+            the order of the data. An image folder is read class by class, so its batches hold one class, or two.
 
     Returns:
-        The accuracy on the 10,000 test images in their order, a fraction, and the name of the data.
+        The accuracy on the 10,000 test images, a fraction, and the name of the data.
     """
     mean, std = IMAGENET_MEAN_STD if normalisation == "as trained" else ((0.5,) * 3, (0.5,) * 3)
     _, test = data.load("cifar10")
     test = replace(test, mean=mean, std=std)
+    if order is not None:
+        test = test.subset(len(test), order)
     model = models.load_weights(models.create(network), _root(None) / "checkpoints" / CHECKPOINTS[network])
     model.train(mode == "batch")
     hits = 0
     with torch.no_grad():
-        for inputs, targets in test.subset(range(len(test))).batches(batch_size, shuffle=False, augment=False):
+        for inputs, targets in test.batches(batch_size, shuffle=False, augment=False):
             hits += int((model(inputs).argmax(1) == targets).sum())
     return {"accuracy": hits / len(test), "data": test.name}
 
