@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -51,8 +51,8 @@ def fraction(argument: str, value: Any) -> float:
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
-    """Return the value if it is an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """Return the value if it is an int (of numpy too) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{argument} must be a whole number of at least {least}, not {value!r}")
     return value
 

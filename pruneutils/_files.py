@@ -7,6 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def repository(start: str | os.PathLike = ".") -> Path:
+    """Return the nearest folder, from `start` upwards, that holds notebooks/ and results/ or pyproject.toml.
+
+    Where there is none, `start` takes its place: what is written then lies where the user looks for it.
+    """
+    start = Path(start).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "notebooks").is_dir() and any((folder / name).exists() for name in ("results", "pyproject.toml")):
+            return folder
+    return start
+
+
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Write to the path given inside; it takes the place of `path` when the block ends without an error.

@@ -5,6 +5,7 @@ Notebooks that ask different questions of the same runs share them here.
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import torch
 from torch import nn
 
 from . import data, models
-from .checkpoints import save
+from ._files import repository
+from .checkpoints import load, save
 from .controls import redraw
 from .costs import cost, cost_table
 from .data import IMAGENET_MEAN_STD, Images
 from .data.images import _root
 from .model_utils import accuracy, layer_table
-from .pruning import prune, scores
-from .training import fit
+from .pruning import prune, scores, sparsity_at
+from .training import fit, gradual, gradual_sparsity
 
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
@@ -74,6 +76,74 @@ def adapt(network: str, folder: str, epochs: int = 10, seed: int = 0, precision:
     save(model, Path(folder) / f"{network}_seed{seed}.safetensors", **facts)
     rows = [before, *table.drop(columns="seconds").to_dict("records")]
     return [row | {"data": train.name, "float32_accuracy": after} for row in rows]
+
+
+NETWORKS = "results/networks"  # where `adapt` has saved the dense networks of this repository
+
+
+def prune_adapted(
+    seed: int, design: str, prunings: int, target: float, network: str = "resnet20", epochs: int = 8,
+    precision: str = "auto",
+) -> list[dict]:  # fmt: skip
+    """Prune an adapted network while it trains, in one of the designs that are compared.
+
+    All arms train `epochs` epochs by SGD with momentum .9 (Nesterov), weight decay 5e-4 and batches of 128. The network
+    is the same one for every seed: a seed is an order of the images and their augmentation, not a network.
+
+    Args:
+        seed: Of data order and augmentation.
+        design: "restarts" (equal total: each pruning is followed by `epochs / prunings` epochs with an optimizer and a
+            cosine of their own), "recovery" (one optimizer and one cosine; the prunings are spread over the first half,
+            and the second half is the recovery of every arm), "ramp" (the same with Zhu and Gupta's cubic ramp over the
+            first half, a pruning every 100 steps), or "dense" (no pruning, the reference of equal length).
+        prunings: How many prunings; 1 is instant. 0 for "ramp" and "dense".
+        target: The sparsity at the end, a fraction; 0 for "dense".
+        network: "resnet20" or "resnet56".
+        epochs: How often each image is seen.
+        precision: Of training and evaluation.
+
+    Returns:
+        A row per epoch: epoch, sparsity, test_accuracy, lr, precision, data.
+    """
+    train, test = cifar10_as_published()
+    model = load(repository() / NETWORKS / f"{network}_seed0.safetensors")
+    options = {
+        "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "lr_schedule": "cosine", "precision": precision,
+        "seed": seed,
+    }  # fmt: skip
+    steps = [sparsity_at(i / prunings, target) for i in range(1, prunings + 1)]
+    if design == "restarts":
+        table = gradual(model, train, test, steps, epochs // prunings, **options)
+    elif design == "recovery":
+        table = gradual(model, train, test, steps, epochs=epochs, recovery=epochs / 2, **options)
+    elif design == "ramp":
+        table = fit(model, train, test, epochs, on_step=gradual_sparsity(target, end=0.5, every=100), **options)
+    elif design == "dense":
+        table = fit(model, train, test, epochs, **options)
+    else:
+        raise ValueError(f"unknown design {design!r}; known: restarts, recovery, ramp, dense")
+    table = table[["epoch", "sparsity", "test_accuracy", "lr", "precision"]]
+    return table.assign(data=train.name).to_dict("records")
+
+
+def prune_adapted_grid(seeds: Sequence[int], targets: Sequence[float] = (0.95, 0.9)) -> list[dict]:
+    """List the runs of `prune_adapted`, every seed complete before the next begins.
+
+    Args:
+        seeds: The seeds.
+        targets: The sparsities at the end.
+
+    Returns:
+        One config per run: dense, then for each target one ramp and both designs with 1, 2, 4 and 8 prunings.
+    """
+    grid = []
+    for target in targets:
+        for seed in seeds:
+            arms = [("ramp", 0)] + [(design, n) for n in (1, 8, 2, 4) for design in ("restarts", "recovery")]
+            if target == targets[0]:
+                grid.append({"seed": seed, "design": "dense", "prunings": 0, "target": 0.0})
+            grid += [{"seed": seed, "design": design, "prunings": n, "target": target} for design, n in arms]
+    return grid
 
 
 # --- Before training -------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from .backward import backward_pruned
 from .dynamic import drop_fraction_at, dynamic_sparsity, regrow
-from .loop import DivergenceError, fit, gradual, lottery_ticket, trained
+from .gradual_pruning import gradual, gradual_sparsity
+from .loop import DivergenceError, fit
+from .lottery import lottery_ticket
+from .networks import trained
 
 __all__ = [
     "DivergenceError",
@@ -11,6 +14,7 @@ __all__ = [
     "dynamic_sparsity",
     "fit",
     "gradual",
+    "gradual_sparsity",
     "lottery_ticket",
     "regrow",
     "trained",

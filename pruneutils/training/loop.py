@@ -1,111 +1,121 @@
-"""Training of pruned (or dense) models, and the recipes that prune while training."""
+"""The training loop: `fit` trains a dense or a pruned model; the masks hold."""
 
-import contextlib
-import copy
-import functools
+import inspect
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
-from .. import _checks, data, models
-from .._torch import autocast, device_of, own_random_state, resolve_precision, seed_device
-from ..model_utils import accuracy, count, prunable_weights
-from ..pruning import prune, sparsity_at
-from ..pruning.criteria import bind
-from ..pruning.scopes import SCOPES
+from .. import _checks
+from .._torch import autocast, device_of, in_mode, resolve_precision, seed_device
+from ..model_utils import accuracy, count
+from . import numerics, optimizers
+from .batches import Batches, epochs_of
 
-OPTIMIZERS = {
-    "sgd": lambda parameters, lr, weight_decay: torch.optim.SGD(
-        parameters, lr=0.1 if lr is None else lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
-    ),
-    "adam": lambda parameters, lr, weight_decay: torch.optim.Adam(
-        parameters, lr=1e-3 if lr is None else lr, weight_decay=weight_decay
-    ),
-}
-# the factor on the learning rate at progress t in [0, 1]
-LR_SCHEDULES = {
-    "constant": lambda t: 1.0,
-    "step": lambda t: 0.1 ** ((t >= 0.5) + (t >= 0.75)),
-    "cosine": lambda t: 0.5 * (1 + np.cos(np.pi * t)),
-    "one-cycle": lambda t: t / 0.25 if t < 0.25 else (1 - t) / 0.75,
-}
+COLUMNS = (
+    "epoch", "train_loss", "train_accuracy", "test_accuracy", "sparsity", "lr", "precision", "seconds",
+)  # fmt: skip
 
 
 class DivergenceError(RuntimeError):
-    """The training loss is no longer finite."""
+    """The training loss or a weight is no longer finite."""
 
 
 def fit(
     model: nn.Module,
-    train,
-    test=None,
+    train: object,
+    test: object = None,
     epochs: int = 10,
-    optimizer: str | torch.optim.Optimizer | Callable = "sgd",
+    optimizer: str | torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] = "sgd",
     lr: float | None = None,
     lr_schedule: str | Callable[[float], float] = "constant",
     seed: int = 0,
     *,
     batch_size: int = 128,
     weight_decay: float = 0.0,
-    label_smoothing: float = 0.0,
-    loss_fn: Callable | None = None,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     precision: str = "float32",
-    start_step: int = 0,
-    on_step: Callable | None = None,
     test_every: int = 1,
-    progress: bool = False,
+    on_step: Callable[[nn.Module, int, int], None] | None = None,
+    start_step: int = 0,
 ) -> pd.DataFrame:
-    """Train `model` in place, masks hold; a row per epoch.
+    """Train a model in place; its masks hold.
 
-    Columns: epoch, train_loss, train_accuracy, test_accuracy, lr, precision (what really ran), seconds.
+    The same seed repeats the run bit for bit on one machine. The global random state and every module's train or eval
+    mode are left as they were, also by an interruption.
 
-    `train` is what `data.load` returns, one (inputs, targets) pair that is cut into shuffled batches, or an iterable
-    of batches; `test` anything that `accuracy` takes, used in eval mode every `test_every` epochs and after the last
-    one (NaN in between). `optimizer`: "sgd" (momentum 0.9, Nesterov), "adam", any callable `parameters -> Optimizer`,
-    or an Optimizer; `lr` defaults to 0.1 and 0.001. `lr_schedule` sets the learning rate of every step: "constant",
-    "step" (a tenth at 50 % and 75 % of the way), "cosine" (to 0), "one-cycle" (up for a quarter, then down to 0) or any
-    callable from progress in [0, 1] to a factor. `precision`, of training and evaluation: "float32", "bfloat16"
-    (autocast), or "auto": bfloat16 for convolutional networks on a GPU, or on a CPU that a short probe finds fast at
-    it, so that results differ between machines. `on_step(model, step, steps)` is
-    called after every step. `start_step` leaves out the first steps, but not their place in the schedule, the data
-    order and the dropout: training goes on as from a snapshot taken there, except that the optimizer has no momentum.
+    Args:
+        model: Any classifier that maps inputs (N, ...) to outputs (N, classes).
+        train: What `pu.data.load` returns; or one (inputs, targets) pair of tensors, which is cut into shuffled
+            batches; or batches that can be iterated again and have a length, such as a DataLoader.
+        test: What `pu.accuracy` takes, or None.
+        epochs: How often each training sample is seen, at least 1.
+        optimizer: "sgd" (momentum 0.9, Nesterov), "adam", an Optimizer of this model, or a function
+            `parameters -> Optimizer`.
+        lr: The learning rate of "sgd" (0.1 by default) or "adam" (0.001).
+        lr_schedule: The learning rate of each step: "constant", "step" (a tenth of it after half of the steps, a
+            hundredth after three quarters), "cosine" (falls to 0), "one-cycle" (rises for a quarter, then falls to 0),
+            or a function of the progress in [0, 1] that returns a factor on `lr`.
+        seed: Of the order of the samples, augmentation and dropout.
+        batch_size: Samples in a step; batches that you give keep their own size.
+        weight_decay: Of "sgd" or "adam".
+        loss_fn: `(outputs, targets) -> mean loss over the batch`, such as
+            `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`; cross-entropy by default.
+        precision: Of training and evaluation: "float32", "bfloat16" (autocast), or "auto", which is bfloat16 for
+            convolutional networks on a GPU and on a CPU with fast instructions for it. The results of "auto" differ
+            between machines.
+        test_every: Measure the test accuracy after every so many epochs, and after the last one.
+        on_step: Called as `on_step(model, step, steps)` after each step; the first is 1, the last is `steps`.
+        start_step: Leave out so many steps but keep their place in the learning-rate schedule, the order of the
+            samples and the dropout: training goes on as from a snapshot taken there, except that the optimizer has no
+            momentum yet.
 
-    The same `seed` on the same machine repeats the run bit for bit; the global random state is left alone. Raises
-    DivergenceError when the loss is NaN or infinite, ValueError for an unknown name.
+    Returns:
+        A DataFrame with a row per epoch: `epoch` (from 1), `train_loss` and `train_accuracy` (means over the epoch),
+        `test_accuracy` (NaN if not measured), `sparsity` (at the end of the epoch), `lr` (of the last step),
+        `precision` (the one that really ran), `seconds`.
+
+    Raises:
+        ValueError: For an unknown name, a number out of range, no training sample, or an optimizer of another model.
+        TypeError: If `train` cannot be iterated again.
+        DivergenceError: If the training loss or a weight becomes NaN or infinite.
+
+    Example:
+        >>> train, test = pu.data.load("digits")
+        >>> model = pu.models.create("lenet300")
+        >>> table = pu.fit(model, train, test, epochs=2, optimizer="adam", lr_schedule="cosine")
+        >>> table.epoch.tolist(), table.precision.tolist()
+        ([1, 2], ['float32', 'float32'])
+        >>> bool(table.test_accuracy.iloc[-1] > 0.8)
+        True
     """
-    device = device_of(model)
-    factor = _checks.choose("lr_schedule", lr_schedule, LR_SCHEDULES)
-    if isinstance(optimizer, str):
-        optimizer = _checks.choose("optimizer", optimizer, OPTIMIZERS)(model.parameters(), lr, weight_decay)
-    elif lr is not None or weight_decay:
-        raise ValueError("lr and weight_decay go with an optimizer's name; an Optimizer or a callable has its own")
-    elif not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = optimizer(model.parameters())
-    precision = resolve_precision(precision, model)
-    convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    loss_fn = loss_fn or (lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=label_smoothing))
-    batches, per_epoch = _batches(train, batch_size, torch.Generator().manual_seed(seed))
-    if per_epoch == 0:
-        raise ValueError("train holds no sample")
-    rates = [group["lr"] for group in optimizer.param_groups]
-    rows, step, steps = [], 0, epochs * per_epoch
-    with _rates_back(optimizer), _reproducible(device, seed), _layout(model, convolutional and not _corrupts(model)):
-        for epoch in tqdm(range(1, epochs + 1), "fit", unit="epoch", leave=False, disable=not progress):
-            model.train()
+    setup = _set_up(
+        model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every,
+        start_step,
+    )  # fmt: skip
+    optimizer, precision, device, seed = setup.optimizer, setup.precision, device_of(model), setup.seed
+    loss_fn = loss_fn or F.cross_entropy
+    rows, step, steps = [], 0, epochs * setup.per_epoch
+    with (
+        optimizers.rates_put_back(optimizer) as rates,
+        numerics.reproducible(device, seed),
+        numerics.fastest_layout(model),
+        in_mode(model, training=True),
+    ):
+        for epoch in range(1, epochs + 1):
             started = time.perf_counter()
             loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-            for inputs, targets in batches():
+            for inputs, targets in setup.new_epoch():
                 step += 1
                 if step <= start_step:
                     continue
                 for group, rate in zip(optimizer.param_groups, rates):
-                    group["lr"] = rate * factor((step - 1) / steps)
+                    group["lr"] = rate * setup.lr_factor((step - 1) / steps)
                 inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 seed_device(device, seed * 1_000_003 + step)  # a run from `start_step` draws the same dropout
                 with autocast(precision, device):
@@ -121,202 +131,66 @@ def fit(
                     on_step(model, step, steps)
             if seen == 0:
                 continue  # all of this epoch lies before start_step
-            if not torch.isfinite(loss_sum):
-                raise DivergenceError(
-                    f"the training loss became {loss_sum.item()} in epoch {epoch} of {epochs} "
-                    f"(lr {rates[0]:g}, {count(model).sparsity:.2%} of the weights pruned); try a smaller lr"
-                )
-            tested = float("nan")
-            if test is not None and (epoch % test_every == 0 or epoch == epochs):
-                tested = accuracy(model, test, precision=precision)
+            _check_finite(model, loss_sum.item() / seen, f"in epoch {epoch} of {epochs} (lr {rates[0]:g}")
+            measure = test is not None and (epoch % test_every == 0 or epoch == epochs)
             rows.append(
                 {
                     "epoch": epoch,
                     "train_loss": loss_sum.item() / seen,
                     "train_accuracy": hits.item() / seen,
-                    "test_accuracy": tested,
+                    "test_accuracy": accuracy(model, test, precision=precision) if measure else float("nan"),
+                    "sparsity": _sparsity(model),
                     "lr": optimizer.param_groups[0]["lr"],
                     "precision": precision,
                     "seconds": time.perf_counter() - started,
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def trained(network: str, dataset: str, seed: int = 0, *, train_size: int | None = None, device="cpu", **fit_options):
-    """A network by name, trained on a data set by name (or on `train_size` images of it): (model, train, test).
+@dataclass(frozen=True)
+class Setup:
+    """What `fit` makes of its arguments, once they are checked."""
 
-    The start of many experiments: every arm of a seed gets its own copy of the same network, which is trained once in
-    a process as long as the arguments stay the same. `fit_options` are those of `fit`.
-    """
-    model, train, test = _trained(network, dataset, seed, train_size, str(device), tuple(sorted(fit_options.items())))
-    return copy.deepcopy(model), train, test
-
-
-@functools.lru_cache(maxsize=1)
-def _trained(network, dataset, seed, train_size, device, fit_options):
-    train, test = data.load(dataset, device=device)
-    train = train.subset(train_size) if train_size else train
-    model = models.create(network, num_classes=len(train.classes), in_channels=train.images.shape[1], seed=seed)
-    fit(model.to(device), train, seed=seed, **dict(fit_options))
-    return model, train, test
+    optimizer: torch.optim.Optimizer
+    lr_factor: Callable[[float], float]
+    precision: str
+    seed: int
+    new_epoch: Callable[[], Batches]
+    per_epoch: int  # steps
 
 
-def gradual(
-    model: nn.Module,
-    train,
-    test=None,
-    sparsities: Sequence[float] = (0.5, 0.75, 0.9),
-    epochs_each: int = 1,
-    criterion="magnitude",
-    *,
-    scope: str = "global",
-    granularity: str = "weight",
-    data=None,
-    exclude: Iterable[str] = (),
-    seed: int = 0,
-    **fit_options,
-) -> pd.DataFrame:
-    """Prune to each of `sparsities` (fractions, ascending) in turn and train `epochs_each` epochs after each.
-
-    One sparsity is instant pruning. `[sparsity_at(i / n, 0.9) for i in range(1, n + 1)]` gives the sparsities of n
-    prunings that each take the same share of what is left. Pruning arguments are those of `prune`, `fit_options` those
-    of `fit`; each stage has an optimizer and a learning-rate schedule of its own. A row per epoch, as from `fit`, with
-    `epoch` counted through and the columns `stage` and `sparsity`.
-    """
-    sparsities = list(sparsities)
-    for sparsity in sparsities:
-        _checks.fraction("sparsities: each", sparsity)
-    if not sparsities or sparsities != sorted(sparsities):
-        raise ValueError(f"sparsities must be ascending fractions, at least one, not {sparsities!r}")
-    tables = []
-    for stage, sparsity in enumerate(sparsities):
-        prune(
-            model, criterion, sparsity, scope, granularity, data=data, exclude=exclude, seed=seed,
-            loss_fn=fit_options.get("loss_fn"),
-        )  # fmt: skip
-        table = fit(model, train, test, epochs_each, seed=seed + stage, **fit_options)
-        table["epoch"] += stage * epochs_each
-        tables.append(table.assign(stage=stage + 1, sparsity=count(model).sparsity))
-    return pd.concat(tables, ignore_index=True)
+def _set_up(
+    model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every, start_step
+) -> Setup:
+    _checks.whole("epochs", epochs)
+    _checks.whole("test_every", test_every)
+    _checks.whole("start_step", start_step, least=0)
+    seed = int(_checks.whole("seed", seed, least=0))
+    lr_factor = _checks.choose("lr_schedule", lr_schedule, optimizers.LR_SCHEDULES)
+    precision = resolve_precision(precision, model)
+    new_epoch, per_epoch = epochs_of(train, batch_size, seed)
+    optimizer = optimizers.create(optimizer, model, lr, weight_decay)
+    return Setup(optimizer, lr_factor, precision, seed, new_epoch, per_epoch)
 
 
-def lottery_ticket(
-    model: nn.Module,
-    train,
-    test=None,
-    sparsity: float = 0.9,
-    rounds: int = 5,
-    epochs: int = 10,
-    rewind_step: int = 0,
-    criterion="magnitude",
-    *,
-    scope: str = "global",
-    exclude: Iterable[str] = (),
-    seed: int = 0,
-    on_step: Callable | None = None,
-    **fit_options,
-) -> pd.DataFrame:
-    """Iterative magnitude pruning with rewinding (Frankle & Carbin 2019; Frankle et al. 2020): finds a lottery ticket.
-
-    Trains for `epochs`; then `rounds` times prunes (the same share of what is left each time, `sparsity` in the end),
-    puts what is left back to where it was after `rewind_step` steps, and trains on from there to the same end, with
-    the same data order and schedule. The model ends trained, with the ticket as its masks. A row per epoch, as from
-    `fit`, with the columns `round` (0 is dense) and `sparsity`.
-    """
-    # what would fail only after the dense training
-    prunable_weights(model, exclude)
-    _checks.fraction("sparsity", sparsity)
-    _checks.choose("scope", scope, SCOPES)
-    bind(criterion, None, None, seed, {})
-    steps = epochs * _batches(train, fit_options.get("batch_size", 128), torch.Generator())[1]
-    if not 0 <= rewind_step <= steps:
-        raise ValueError(f"rewind_step={rewind_step} is beyond the end of training after {steps} steps")
-    snapshot = {}
-
-    def take(model, step, steps):
-        if step == rewind_step:
-            snapshot.update({name: value.detach().clone() for name, value in model.state_dict().items()})
-        if on_step is not None:
-            on_step(model, step, steps)
-
-    take(model, 0, 0) if rewind_step == 0 else None
-    tables = []
-    for turn in range(rounds + 1):
-        if turn:
-            prune(model, criterion, sparsity_at(turn / rounds, sparsity), scope, exclude=exclude, seed=seed)
-            model.load_state_dict(snapshot)  # masks stay on, and hold
-        start = rewind_step if turn else 0
-        hook = on_step if turn else take
-        table = fit(model, train, test, epochs, seed=seed, start_step=start, on_step=hook, **fit_options)
-        tables.append(table.assign(round=turn, sparsity=count(model).sparsity))
-    return pd.concat(tables, ignore_index=True)
+def check_arguments(model: nn.Module, train: object, **options: object) -> Setup:
+    """Raise what `fit(model, train, **options)` would raise about its arguments, before anything changes."""
+    call = inspect.signature(fit).bind(model, train, **options)
+    call.apply_defaults()
+    return _set_up(**{name: call.arguments[name] for name in inspect.signature(_set_up).parameters})
 
 
-def _batches(train, batch_size, generator) -> tuple[Callable, int]:
-    """A function that starts a new epoch of shuffled batches, and the number of batches of an epoch."""
-    if hasattr(train, "batches"):
-        return lambda: train.batches(batch_size, generator=generator), -(-len(train) // batch_size)
-    if _checks.is_pair(train):
-        inputs, targets = train
-
-        def shuffled():
-            for places in torch.randperm(len(targets), generator=generator).split(batch_size):
-                places = places.to(targets.device)
-                yield inputs[places], targets[places]
-
-        return shuffled, -(-len(targets) // batch_size)
-    if not hasattr(train, "__len__") or isinstance(train, Iterator):
-        raise TypeError("train must be re-iterable and have a length: a data set, a pair of tensors, or a DataLoader")
-    return lambda: iter(train), len(train)
+def _check_finite(model, loss, when) -> None:
+    """Raise DivergenceError if the loss is not finite, or a weight: the loss of the last step is from before it."""
+    broken = [name for name, weight in model.named_parameters() if not weight.detach().isfinite().all()]
+    if broken or not math.isfinite(loss):
+        what = f"{broken[0]} became NaN or infinite" if math.isfinite(loss) else f"the training loss became {loss}"
+        raise DivergenceError(f"{what} {when}, sparsity {_sparsity(model):.4f}); try a smaller lr")
 
 
-@contextlib.contextmanager
-def _reproducible(device: torch.device, seed: int):
-    """A random state of its own, and on a GPU only kernels that repeat."""
-    deterministic = torch.backends.cudnn.deterministic
-    with own_random_state(device, seed):
-        torch.backends.cudnn.deterministic = True
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.deterministic = deterministic
-
-
-@contextlib.contextmanager
-def _rates_back(optimizer):
-    rates = [group["lr"] for group in optimizer.param_groups]
+def _sparsity(model) -> float:
     try:
-        yield
-    finally:
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate
-
-
-@contextlib.contextmanager
-def _layout(model: nn.Module, channels_last: bool):
-    """Convolutions run fastest with channels last, in any precision; the model gets its usual layout back."""
-    if channels_last:
-        _set_layout(model, torch.channels_last)
-    try:
-        yield
-    finally:
-        if channels_last:
-            _set_layout(model, torch.contiguous_format)
-
-
-def _corrupts(model: nn.Module) -> bool:
-    """Whether a CPU could write past its memory with channels last: strided 1x1 convolutions of few channels.
-
-    oneDNN issue 6035: their weight gradient overruns a buffer where the input has fewer channels than a vector holds,
-    8 with AVX2 and 16 with AVX-512. It ends in a crash, a hang, or wrong gradients. The answer depends on the model
-    alone, 16 channels everywhere, so that no machine changes the layout and with it the rounding.
-    """
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < 16 for m in layers)
-
-
-def _set_layout(model, memory_format):
-    for p in model.parameters():
-        if p.ndim == 4:  # Module.to() refuses the five dimensions of Conv3d
-            p.data = p.data.contiguous(memory_format=memory_format)
+        return count(model).sparsity
+    except ValueError:  # a model without convolution and linear layers has none
+        return float("nan")
