@@ -10,24 +10,32 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: run test lab study notebooks clean
 
-# Prunes small networks gradually, in about a minute: table here, picture in images/, notebook in build/.
+# Prunes small networks gradually, in about a minute: table here, picture and notebook in build/.
 run: .venv/installed
 	@$(BIN)/python -m pruneutils.notebook --show --output build notebooks/gradual_pruning.ipynb
-	@echo "picture: images/gradual_pruning.png"
+	@echo "picture: build/gradual_pruning.png"
 
 # Everything: unit tests, and all notebooks compared with their stored outputs.
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope --nbval tests notebooks
 
+# JupyterLab refuses to run as root, but in a container there is often no other user. Further options: LAB=--port=9999
+# The server's root is the repository, so that notebooks show the pictures in images/.
 lab: .venv/installed
-	$(BIN)/jupyter lab notebooks
+	@echo "If no browser opens, copy the address with ?token= from below into one. From another machine, first run there:"
+	@echo "    ssh -L 8888:localhost:8888 $$(whoami)@$$(hostname)"
+	@echo "In a container, publish the port (docker run -p 8888:8888) and use: make lab LAB=--ip=0.0.0.0"
+	@test "$$(id -u)" != 0 || echo "You are root, which JupyterLab refuses by default; it is started with --allow-root."
+	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
+		$$(test "$$(id -u)" != 0 || echo --allow-root) $(LAB)
 
 # A notebook's sweep in a larger size, from a shell: make study NAME=gradual_vs_instant SIZE=medium BUDGET=3600
 # Finished runs are kept in results/; call it again until it says that none is missing.
 study: .venv/installed
+	$(if $(NAME),,$(error which notebook? make study NAME=gradual_vs_instant SIZE=medium BUDGET=3600))
 	$(BIN)/python -m pruneutils.notebook --study --size $(or $(SIZE),full) $(if $(BUDGET),--budget $(BUDGET)) notebooks/$(NAME).ipynb
 
-# For maintainers: execute all notebooks in place, in quick size, and store their outputs.
+# For maintainers: execute all notebooks in place, in quick size; store their outputs, and their pictures in images/.
 notebooks: .venv/installed
 	$(BIN)/python -m pruneutils.notebook notebooks/*.ipynb
 

@@ -51,10 +51,10 @@ def fraction(argument: str, value: Any) -> float:
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
-    """Return the value if it is an int (of numpy too) of at least `least`."""
+    """Return the value as an int if it is a whole number, of numpy too, of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{argument} must be a whole number of at least {least}, not {value!r}")
-    return value
+    return int(value)
 
 
 def is_pair(data: object) -> bool:

@@ -70,10 +70,25 @@ def resolve_precision(precision: str, model: nn.Module) -> str:
     "auto" is bfloat16 for convolutional networks where it pays: on a GPU, or on a CPU with instructions for it.
     """
     one_of("precision", precision, PRECISIONS)
-    if precision != "auto":
-        return precision
-    convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    return "bfloat16" if convolutional and bfloat16_pays(device_of(model).type) else "float32"
+    if precision == "auto":
+        convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        precision = "bfloat16" if convolutional and bfloat16_pays(device_of(model).type) else "float32"
+    for noted in _NOTED:
+        noted.add(precision)
+    return precision
+
+
+_NOTED: list[set[str]] = []
+
+
+@contextlib.contextmanager
+def precisions_noted() -> Iterator[set[str]]:
+    """Collect the precisions that run inside, so that the record of a run tells them."""
+    _NOTED.append(set())
+    try:
+        yield _NOTED[-1]
+    finally:
+        _NOTED.pop()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

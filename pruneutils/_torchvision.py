@@ -9,24 +9,29 @@ The order matters. A torchvision that works defines the operators itself, and ha
 definition would abort the process. So the plain import always comes first, and nothing is declared unless it failed.
 """
 
+import threading
+from types import ModuleType
+
 import torch
 
+_lock = threading.Lock()  # two threads that fail at once would both declare
 _declared = None  # the operators exist only as long as this library object does
 
 
-def load():
+def load() -> ModuleType:
     """Return the torchvision module; RuntimeError or ImportError where it is broken in another way.
 
     timm imports torchvision too, so call this before importing timm.
     """
     global _declared
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if _declared is not None or "operator torchvision::" not in str(error):
-            raise
-        _declared = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            _declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
+    with _lock:
+        try:
+            import torchvision
+        except RuntimeError as error:
+            if _declared is not None or "operator torchvision::" not in str(error):
+                raise
+            _declared = torch.library.Library("torchvision", "FRAGMENT")
+            for operator in ("nms", "qnms"):
+                _declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            import torchvision
     return torchvision

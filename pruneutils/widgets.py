@@ -32,17 +32,17 @@ from .model_utils import (
     prunable_weights,
     set_masks,
 )
+from .plots.panel import draw_panel
+from .plots.weights import BinnedWeights
 from .pruning import criteria, granularities, plan
 from .pruning.granularities import Granularity
 from .pruning.scopes import SCOPES, Scope
 
 _BATCH = 500  # images evaluated at a time: between two of them the panel listens
 _PAUSE = 0.3  # seconds a choice has to stand before all of the data is evaluated
-_SIZE = (12.0, 5.0)  # inches
-_LEFT = (0.0, -0.02, 0.58, 1.04)  # the place of the 3D picture
 _DPI = 120
 _TRUE = torch.ones((), dtype=torch.bool)
-_ALARM, _TIE = "#D55E00", "#CC79A7"  # Okabe & Ito
+_ALARM, _TIE = "#BC4C00", "#A8548A"  # those of the pictures in light
 
 
 def sparsity_explorer(
@@ -143,7 +143,8 @@ class SparsityExplorer(ipywidgets.VBox):
         self._data = list(data) if iter(data) is data else data
         self._subset = _few(self._data, subset)
         self.scoring_data = self._subset if scoring_data is None else scoring_data
-        self._seen = self._task = self._canvas = None
+        self._seen = self._task = self._binned = None
+        self._canvas = Figure()
 
         wide, wrap = ipywidgets.Layout(width="min(100%, 640px)"), ipywidgets.Layout(flex_flow="row wrap")
         named = {"style": {"description_width": "76px"}}
@@ -205,10 +206,10 @@ class SparsityExplorer(ipywidgets.VBox):
 
     def picture(self, save=None) -> Figure:
         """The panel's picture as a pyplot figure; `save` is a path without suffix, as for the functions of `plots`."""
-        figure = self._draw(_axes(plt.figure(figsize=_SIZE)), self._style)
+        figure = self._draw(plt.figure(), self._style)
         if save is not None:
             for style, path in (("light", save), ("dark", f"{save}_dark.png")):
-                plots.save(self._draw(_axes(Figure(figsize=_SIZE)), style), path)
+                plots.save(self._draw(Figure(), style), path)
         return figure
 
     # --- Masks -------------------------------------------------------------------------------------------------------
@@ -306,7 +307,6 @@ class SparsityExplorer(ipywidgets.VBox):
         self._select()
         if self._key not in self._quick:
             self._quick[self._key] = accuracy(self._twin, self._subset)
-        self._canvas = self._canvas or _axes(Figure(figsize=_SIZE))
         figure, png = self._draw(self._canvas, self._style), io.BytesIO()
         figure.savefig(png, dpi=_DPI, facecolor=figure.get_facecolor(), pil_kwargs={"compress_level": 1})
         self._tell()
@@ -316,29 +316,13 @@ class SparsityExplorer(ipywidgets.VBox):
         except RuntimeError:
             pass  # no kernel, nobody to wait for: `accuracy` evaluates when asked
 
-    def _draw(self, axes, style) -> Figure:
-        left, right = axes
-        for artist in [a for ax in axes for a in (*ax.collections, *ax.texts, *ax.patches, *ax.lines)]:
-            artist.remove()
-        table = layer_table(self._twin)
-        left.set_position(_LEFT)
-        plots.layer_histograms(self._twin, self._ghost, ax=left, style=style)
-        # room for the names of the layers at the right of the one picture and at the left of the other
-        shown = table.assign(layer=[name if len(name) <= 16 else "…" + name[-15:] for name in table["layer"]])
-        longest = max(map(len, shown["layer"]))
-        left.set_position((0.015 - 0.0025 * longest, *_LEFT[1:]))
-        start = 0.62 + 0.0085 * longest
-        right.set_position((start, 0.17, 0.985 - start, 0.70))
-        plots.layer_bars(shown, ax=right, style=style)
-        right.xaxis.label.set_color(right.get_yticklabels()[0].get_color())  # made before there was a style
-        right.set_xlim(0, 1.12)  # the same for all choices: bars are to move, not the axis
-        if self.ties:
-            rows = [row for row, layer in enumerate(table["layer"]) if layer in set(map(layer_name, self.ties))]
-            right.barh(rows, 1, height=0.72, color="none", edgecolor=_TIE, hatch="...", linewidth=1.2)
-            note = f"dotted: {sum(self.ties.values()):,} scores tie at the cut"
-            look = {"color": _TIE, "fontsize": 8.5, "ha": "right", "transform": right.transAxes}
-            right.text(1, -0.21, note, **look)
-        return left.figure
+    def _draw(self, figure, style) -> Figure:
+        weights = self._ghost or self._twin
+        if self._binned is None or self._binned[0] is not weights:  # sorted into bins once, then counted at every move
+            self._binned = weights, BinnedWeights(self._ghost or self._named(prunable_weights(self.model)))
+        layers = self._binned[1].histograms(self.masks, before=weights is self._ghost)
+        note = f"dotted: {sum(self.ties.values()):,} scores tie at the cut"
+        return draw_panel(figure, layers, layer_table(self._twin), map(layer_name, self.ties), note, style)
 
     def _tell(self):
         kept, total = self.masks.kept, self.masks.total
@@ -396,10 +380,6 @@ class SparsityExplorer(ipywidgets.VBox):
         if self._task is not None:
             self._task.cancel()
             self._task = None
-
-
-def _axes(figure):
-    return figure.add_axes(_LEFT, projection="3d"), figure.add_axes((0.7, 0.17, 0.285, 0.70))
 
 
 def _options(known, chosen) -> list[tuple[str, object]]:

@@ -20,7 +20,10 @@ def pyproject():
 
 def conda():
     entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    requirements = [Requirement(entry) for entry in entries if isinstance(entry, str) and entry != "pip"]
+    (from_pip,) = [entry["pip"] for entry in entries if isinstance(entry, dict)]  # what conda-forge does not have
+    assert from_pip.pop() == "-e ."
+    plain = [entry for entry in entries if isinstance(entry, str) and entry != "pip"]
+    requirements = [Requirement(entry) for entry in plain + from_pip]
     return {
         CONDA_NAMES.get(requirement.name, requirement.name): str(requirement.specifier) for requirement in requirements
     }

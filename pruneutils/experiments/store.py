@@ -1,107 +1,200 @@
-"""What is kept of each run: its record on disk, under the name of its config, and the code and versions that made it.
+"""A store: a folder with one record for each finished run, which sweeps share without doing a run twice.
 
-A store is a folder with one small JSON file for each finished run, named by the hash of its config. Whoever does a run
-holds a lock on `.claims/<hash>` meanwhile, which the kernel releases however that process ends: sweeps that share a
-store share the work, and no claim goes stale. On a network file system this needs locks that hold across machines
-(NFSv4 has them). Workers that do not see the folder hand their records back to the sweep, which writes them.
+A record is a small JSON file, named by the hash of its run's config. Whoever does a run holds a lock on
+`.claims/<hash>` meanwhile, which the kernel releases however that process ends: sweeps that share a store share the
+work, and no claim goes stale. On a network file system this needs locks that hold across machines (NFSv4 has them).
+
+JSON has no word for numbers that are not finite, so a metric that is one is written as the string "NaN", "Infinity" or
+"-Infinity", and read back as a number. Only this module knows names and layout of the files.
 """
 
-import functools
+import errno
 import hashlib
-import inspect
 import json
 import math
 import os
 import platform
-import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import filelock
-import numpy as np
 import pandas as pd
-import torch
 
-# ---------------------------------------------------------------- records and claims
+from .._files import written_whole
+
+Record = dict[str, Any]
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def check_store(store, runs):
-    """Make the folder and write, then remove, as much as the records will need."""
-    probe = store / f".probe-{os.getpid()}"
-    try:
-        (store / ".claims").mkdir(parents=True, exist_ok=True)
+class StoreError(OSError):
+    """The store cannot be written, or is not there."""
+
+
+class Store:
+    """The records of a folder, which is made by `prepare`."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder).resolve()
+        self.name = self.folder.name
+
+    def prepare(self, runs: int) -> None:
+        """Make the folder and write, then remove, as much as the records of so many runs will need."""
+        probe = self.folder / f".probe-{os.getpid()}"
         try:
-            with open(probe, "wb") as file:
-                file.write(bytes(4096 * runs))
-                os.fsync(file.fileno())
+            (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
+            try:
+                with open(probe, "wb") as file:
+                    file.write(bytes(4096 * runs))
+                    os.fsync(file.fileno())
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            told = f"cannot write {runs} records into the store {self.folder} ({error.strerror}); nothing was run"
+            raise StoreError(error.errno, told) from error
+
+    def keys(self) -> list[str]:
+        """Return the names of the runs that are recorded."""
+        return sorted(path.stem for path in self.folder.glob("*.json"))
+
+    def read(self, key: str) -> Record | None:
+        """Return the record of a run, None if there is none; ValueError names a file that is no record."""
+        path = self.folder / f"{key}.json"
+        try:
+            record = decoded(path.read_text())
+            _check(record)
+            if key_of(record["config"]) != key:
+                raise ValueError(f"it holds the run {record['config']}, which belongs into {key_of(record['config'])}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            raise ValueError(f"{path} is not a record ({error}); remove it to run its config again") from None
+        return record
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[Callable[[Record], None] | None]:
+        """Keep everybody else from doing this run; gives the function that records it, None if it is being done."""
+        if not self.folder.is_dir():
+            told = f"{platform.node()} does not see the store {self.folder}, which every machine of a sweep has to see"
+            raise StoreError(errno.ENOENT, told)
+        lock = self._lock(key)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            yield None
+            return
+
+        def write(record: Record) -> None:
+            self._write(key, record)
+            # Safe to remove: whoever opened the lock's file before this sees the record once it gets the lock.
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
+
+        try:
+            yield write
         finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {runs} records into the store {store} ({error.strerror}); nothing was run"
-        ) from error
+            lock.release()
 
-
-@contextmanager
-def claim(store, key):
-    """Within the block nobody else does this run; gives the lock, or None if somebody else holds it."""
-    lock = filelock.FileLock(store / ".claims" / key)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        yield None
-        return
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-def claimed(store, key):
-    """Whether another process is doing this run."""
-    path = store / ".claims" / key if store else None
-    if path is None or not path.exists():
-        return False
-    try:
-        with filelock.FileLock(path).acquire(blocking=False):
+    def claimed(self, key: str) -> bool:
+        """Tell whether another process is doing this run."""
+        lock = self._lock(key)
+        if not os.path.exists(lock.lock_file):
             return False
-    except filelock.Timeout:
-        return True
+        try:
+            with lock.acquire(blocking=False):
+                return False
+        except filelock.Timeout:
+            return True
+
+    def _lock(self, key):
+        return filelock.FileLock(self.folder / ".claims" / key)
+
+    def _write(self, key, record):
+        try:
+            with written_whole(self.folder / f"{key}.json") as part:
+                part.write_text(encoded(record))
+        except OSError as error:
+            told = f"cannot write into the store {self.folder} any more ({error.strerror}), so the sweep stops; "
+            told += f"not recorded: {record['config']} gave {record['metrics'] or record['error']}"
+            raise StoreError(error.errno, told) from error
 
 
-def read(store, key):
-    """The record of a run, None if there is none."""
-    path = store / f"{key}.json"
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a record ({error}); remove it to run its config again") from None
+class Nowhere:
+    """What takes the place of a store for runs that are not kept."""
+
+    name = "sweep"
+    folder = None
+
+    def prepare(self, runs: int) -> None:
+        """Nothing is needed."""
+
+    def read(self, key: str) -> None:
+        """Return None, as nothing is kept."""
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[Callable[[Record], None]]:
+        """Give a function that records nothing."""
+        yield lambda record: None
+
+    def claimed(self, key: str) -> bool:
+        """Tell that nobody else is doing this run."""
+        return False
 
 
-def write(store, key, record):
-    """Write a record so that it is there whole or not at all."""
-    path, temporary = store / f"{key}.json", store / f".{key}.tmp"
-    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
-    try:
-        with open(temporary, "w") as file:
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        told = f"cannot write into the store {store} any more ({error.strerror}), so the sweep stops; not recorded: "
-        raise OSError(error.errno, f"{told}{record['config']} gave {record['metrics'] or record['error']}") from error
+# ---------------------------------------------------------------- records
+
+
+def _check(record):
+    """Check that this is what a sweep writes: ValueError says what is missing."""
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    for name, kind in {"config": dict, "metrics": list, "status": str, "time": str}.items():
+        if not isinstance(record.get(name), kind):
+            raise ValueError(f"its {name} should be a {kind.__name__} and is {record.get(name)!r}")
+    if record["status"] not in ("done", "failed"):
+        raise ValueError(f"its status {record['status']!r} should be 'done' or 'failed'")
+    if not all(isinstance(row, dict) for row in record["metrics"]):
+        raise ValueError(f"its metrics {record['metrics']!r} should be dicts")
+
+
+def encoded(record: Record) -> str:
+    """Return a record as strict JSON, a line for each of its parts."""
+    record = record | {"metrics": _finite(record["metrics"])}
+    lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def decoded(text: str) -> Any:
+    """Return what `encoded` made text of; older records have bare NaN, which Python reads too."""
+    record = json.loads(text)
+    if isinstance(record, dict) and "metrics" in record:
+        record["metrics"] = _with_numbers(record["metrics"])
+    return record
+
+
+def _finite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return {name: _finite(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _with_numbers(value):
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return {name: _with_numbers(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 # ---------------------------------------------------------------- names and values
 
 
-def key_of(config):
-    """The name of a config: the same for configs that Python calls equal (1 and 1.0), whatever the order of keys."""
+def key_of(config: dict) -> str:
+    """Return the name of a config: the same where Python calls configs equal (1 and 1.0), whatever the keys' order."""
 
     def number(text):
         return int(float(text)) if float(text).is_integer() else float(text)
@@ -110,10 +203,10 @@ def key_of(config):
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
-def plain(value, where, finite=True):
-    """The value in JSON's types; numpy scalars and 0-d tensors become Python numbers, tuples lists."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
+def plain(value: Any, where: str, finite: bool = True) -> Any:
+    """Return the value in JSON's types: tuples, arrays and tensors become lists or numbers."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, float) and finite and not math.isfinite(value):
         raise ValueError(f"{where} is {value}: only finite numbers name a run")
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -128,64 +221,11 @@ def plain(value, where, finite=True):
     )
 
 
-def rows_of(metrics):
-    """The rows of a run's metrics, each checked to be plain values."""
+def rows_of(metrics: Any) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics, each checked to be plain values."""
     if isinstance(metrics, pd.DataFrame):
         metrics = metrics.to_dict("records")
     rows = [metrics] if isinstance(metrics, dict) else metrics
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
         raise TypeError(f"run must return a dict of metrics, a list of them, or a DataFrame; got {metrics!r}")
     return [{str(name): plain(value, f"metric {name!r}", finite=False) for name, value in row.items()} for row in rows]
-
-
-# ---------------------------------------------------------------- provenance
-
-
-def versions():
-    """The versions that decide a run's numbers."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pruneutils": _package_version(),
-    }
-
-
-_package_version = functools.cache(lambda: version("pruneutils"))
-
-
-def git_commit():
-    """The commit of the working tree, with -dirty if it differs; None outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def code_version(run):
-    """Hash of what `run` does, as far as its own module or notebook says: sources and constants; "unknown" without."""
-    parts, seen, queue = [], set(), [run]
-    while queue:
-        thing = queue.pop()
-        if isinstance(thing, functools.partial):
-            parts.append(json.dumps([thing.args, thing.keywords], sort_keys=True, default=lambda x: type(x).__name__))
-            thing = thing.func
-        thing = inspect.unwrap(thing)
-        if not (inspect.isroutine(thing) or inspect.isclass(thing)):
-            thing = type(thing)
-        if thing in seen:
-            continue
-        seen.add(thing)
-        try:
-            parts.append(inspect.getsource(thing))
-            reached = inspect.getclosurevars(thing) if inspect.isroutine(thing) else None
-        except (OSError, TypeError, ValueError):
-            return "unknown"
-        for name, value in sorted({**reached.globals, **reached.nonlocals}.items()) if reached else ():
-            if inspect.isfunction(value) or inspect.isclass(value):
-                queue += [value] if value.__module__ == thing.__module__ else []
-            else:
-                with suppress(TypeError, ValueError):  # what JSON cannot say is not a constant
-                    parts.append(f"{name}={json.dumps(value, sort_keys=True)}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

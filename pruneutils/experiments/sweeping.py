@@ -1,6 +1,7 @@
 """Experiments: a grid times seeds becomes one tidy table, resumable, on one core or a cluster.
 
-What is kept of a run, and how sweeps that share a store share the work, is in `store`.
+What is kept of a run, and how sweeps that share a store share the work, is in `store`; who does the runs in `workers`;
+what a run is in `running`.
 """
 
 import inspect
@@ -8,145 +9,164 @@ import itertools
 import json
 import math
 import os
-import platform
-import tempfile
 import time
-import traceback
 import warnings
-from contextlib import closing, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from typing import Any
 
-import filelock
 import pandas as pd
-import torch
-from joblib import cpu_count
-from loky import get_reusable_executor
 from tqdm.auto import tqdm
 
-from .store import check_store, claim, claimed, code_version, git_commit, key_of, plain, read, rows_of, versions, write
+from . import workers
+from .provenance import code_version, git_commit
+from .running import Deadline, Job, Outcome
+from .store import Nowhere, Store, key_of, plain
 
-_FACTS = ("error", "seconds", "time", "device", "threads", "code", "commit", "python", "torch", "numpy", "pruneutils")
+_FACTS = (
+    *("error", "seconds", "time", "device", "threads", "precision", "code", "commit"),
+    *("python", "torch", "numpy", "pruneutils"),
+)
 BOOKKEEPING = tuple(f"run_{fact}" for fact in _FACTS)
-_POLL_SECONDS = 0.02
 _WORTH_PROCESSES = 20  # seconds of work that make up for starting them
 
 
 def sweep(
-    run, grid, store=None, executor=None, *, budget_seconds=None, retry_failed=False, threads=1, progress=True
+    run: Callable[..., Any],
+    grid: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    store: str | os.PathLike | None = None,
+    executor: Executor | str | None = None,
+    *,
+    budget_seconds: float | None = None,
+    retry_failed: bool = False,
+    threads: int | None = 1,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Run every config of a grid that the store does not hold yet, and return one tidy table in grid order.
 
-    run: `run(**config)` returns {metric: value}, or several rows (a list of such dicts, a DataFrame) for a curve.
-    grid: {name: value or list of values}, crossed; or a list of configs, so grids add with +. Equal configs run once.
-    store: a folder, made if missing; None keeps the records in memory.
-    executor: None runs here, one after the other; `processes()`, Dask's `client.get_executor()`, submitit's, or any
-        other concurrent.futures executor. On a cluster give a store that all machines see. "auto" does the first run
-        here, and takes `processes()` for the others if these are several and, by its time, there are more than 20
-        seconds of work left.
-    budget_seconds: no run starts later than this; those under way finish.
-    retry_failed: run again what failed before.
-    threads: torch threads of every run, everywhere, so that neither speed nor rounding depends on the executor;
-        None leaves them alone.
+    A run that raises is recorded with its traceback, stays in the table without metrics, and warns. Stored runs of
+    other code are kept, and warned about. Sweeps that share a store share the work. An interrupted or killed sweep
+    keeps its finished runs; call it again to go on.
 
-    Columns: the config, the metrics (`x_measured` where config has an x too), status ("done", "failed", "missing"),
-    then BOOKKEEPING. A run that raised is recorded with its traceback, stays in the table without metrics, and warns.
-    `run_code` hashes the source of `run`, of the functions of its module that it reaches, and the constants they read:
-    stored runs of another code are kept, and warned about. Raises ValueError or TypeError for a grid that does not fit,
-    OSError for a store that cannot be written, both before the first run.
+    Args:
+        run: `run(**config)` returns {metric: value}, or several rows (a list of such dicts, a DataFrame) for a curve.
+            Values are numbers, strings, booleans or None, or lists, arrays and dicts of these.
+        grid: {name: value or list of values}, crossed; or a list of configs, so grids add with +. Equal configs run
+            once.
+        store: The folder that keeps a record of each run, made if it is missing; None keeps the runs in memory. On a
+            cluster, all machines have to see it.
+        executor: None runs here, one after the other; `processes()`, Dask's `client.get_executor()`, submitit's, or any
+            other concurrent.futures executor that does not run several threads in one process. "auto" does the first
+            run here, and takes `processes()` for the others if these are several and, by its time, there are more than
+            20 seconds of work left.
+        budget_seconds: No run starts later than this; those under way finish.
+        retry_failed: Whether to run again what failed before.
+        threads: The torch threads of every run, everywhere, so that neither speed nor rounding depends on the executor;
+            None leaves them alone.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A row for each run (or for each of its rows): the config, the metrics (`x_measured` where the config has an x
+        too), status ("done", "failed" or "missing"), then the columns BOOKKEEPING. `run_precision` tells in which
+        precisions `fit` and `accuracy` computed, `run_code` is a hash of the source of `run`, of the functions of its
+        module that it reaches, and of the constants that they read.
+
+    Raises:
+        ValueError: If the grid does not fit `run`, the executor would run threads, or the store holds a damaged record;
+            before the first run.
+        TypeError: If a config holds what cannot be named, or the executor is none; before the first run.
+        OSError: If the store cannot be written; before the first run, or when a disk fills up.
+
+    Example:
+        >>> def run(method, seed):
+        ...     return {"accuracy": 0.5 + seed / 10}
+        >>> table = pu.experiments.sweep(run, {"method": ["snip", "grasp"], "seed": [0, 1]}, progress=False)
+        >>> table[["method", "seed", "accuracy", "status"]]
+          method  seed  accuracy status
+        0   snip     0       0.5   done
+        1   snip     1       0.6   done
+        2  grasp     0       0.5   done
+        3  grasp     1       0.6   done
     """
     configs = _configs(run, grid)
-    store = None if store is None else Path(store).resolve()
-    records = {key: record for key in configs if store and (record := read(store, key))}
-    again = ("failed",) if retry_failed else ()
-    # What is to do, with the failed record that it replaces, if any.
-    todo = {key: records.get(key) for key in configs if key not in records or records[key]["status"] in again}
-    if todo and store:
-        check_store(store, len(todo))
-    deadline = math.inf if budget_seconds is None else time.time() + budget_seconds
-    job = _Job(run, store, deadline, threads, code_version(run), git_commit())
+    workers.check(executor)
+    if budget_seconds is not None and not budget_seconds >= 0:
+        raise ValueError(f"budget_seconds must be a number of at least 0, not {budget_seconds!r}")
+    kept = Nowhere() if store is None else Store(store)
+    found = {key: record for key in configs if (record := kept.read(key))}
+    outcomes = {key: Outcome(record) for key, record in found.items()}
+    again = {"failed"} if retry_failed else set()
+    todo = {key: None for key in configs if key not in found or found[key]["status"] in again}
+    if todo:
+        kept.prepare(len(todo))
+    code, commit = code_version(run), git_commit(run) if todo else None
+    deadline = Deadline.after(math.inf if budget_seconds is None else budget_seconds)
+    job = Job(run, kept, deadline, threads, code, commit)
 
     hidden = not progress or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")  # notebooks' bars do not ask for it
-    done, title = len(configs) - len(todo), store.name if store else "sweep"
-    with tqdm(total=len(configs), initial=done, desc=title, disable=hidden) as bar:
-        while todo:
-            ready = [key for key in todo if not claimed(store, key)]
-            if not ready and time.time() < deadline:
-                time.sleep(_POLL_SECONDS)  # all that is left is under way in other sweeps
-                continue
-            tasks = [(key, configs[key], todo[key]) for key in ready or todo]
-            with closing(_results(job, None if executor == "auto" else executor, tasks)) as results:
-                for key, record in results:
-                    if record["status"] == "claimed":
-                        continue
-                    old = todo.pop(key)
-                    if record["status"] == "missing":
-                        records[key] = old or record
-                        continue
-                    if not record.pop("written", True):
-                        write(store, key, record)
-                    records[key] = record
-                    bar.update()
-                    if executor == "auto":
-                        pays = (len(_cards()) or cpu_count()) > 1 and record["seconds"] * len(todo) > _WORTH_PROCESSES
-                        executor = processes() if pays else None
-                        break
-    _warn(configs, records, job)
-    return _table(configs, records)
+    with tqdm(total=len(configs), initial=len(configs) - len(todo), desc=kept.name, disable=hidden) as bar:
+        try:
+            while todo and not deadline.passed():
+                ready = [key for key in todo if not kept.claimed(key)]
+                if not ready:
+                    time.sleep(0.1)  # all that is left is under way in other sweeps
+                    continue
+                tasks = [(key, configs[key], found[key]["time"] if key in found else None) for key in ready]
+                with closing(workers.results(job, None if executor == "auto" else executor, tasks)) as results:
+                    for key, outcome in results:
+                        if outcome.claimed:
+                            continue
+                        del todo[key]
+                        if outcome.record or key not in found:
+                            outcomes[key] = outcome
+                        bar.update(bool(outcome.record))
+                        if executor == "auto" and outcome.record:
+                            pays = workers.several() and outcome.record["seconds"] * len(todo) > _WORTH_PROCESSES
+                            executor = workers.processes() if pays else None
+                            break
+        except (KeyboardInterrupt, SystemExit):
+            workers.end(executor)
+            raise
+    outcomes |= {key: Outcome() for key in todo if key not in outcomes}
+    _warn(configs, outcomes, code, kept.folder)
+    return _table(configs, outcomes)
 
 
-def load(store) -> pd.DataFrame:
-    """Every run recorded in a store, as `sweep` returns it, in the order of their start; ValueError without any."""
-    records = {path.stem: read(path.parent, path.stem) for path in sorted(Path(store).glob("*.json"))}
+def load(store: str | os.PathLike) -> pd.DataFrame:
+    """Read every run that a store holds.
+
+    Args:
+        store: The folder that was given to `sweep`.
+
+    Returns:
+        The table as `sweep` returns it, in the order in which the runs started.
+
+    Raises:
+        ValueError: If there are no runs, or a file is not a record.
+
+    Example:
+        >>> _ = pu.experiments.sweep(lambda seed: {"accuracy": seed / 10}, {"seed": [3, 4]}, "runs", progress=False)
+        >>> pu.experiments.load("runs")[["seed", "accuracy"]]
+           seed  accuracy
+        0     3       0.3
+        1     4       0.4
+    """
+    kept = Store(store)
+    records = {key: kept.read(key) for key in kept.keys()}
     if not records:
         raise ValueError(f"no recorded runs in {store}")
     records = dict(sorted(records.items(), key=lambda item: item[1]["time"]))
-    return _table({key: record["config"] for key, record in records.items()}, records)
-
-
-def processes(n=None):
-    """An executor of n processes on this machine, one thread each: by default one a core or, with CUDA, one a card.
-
-    Functions defined in a notebook work. What `run` refers to outside itself travels with every run: load data inside.
-    """
-    cards = _cards()
-    n = n or len(cards) or cpu_count()
-    return get_reusable_executor(
-        max_workers=n,
-        timeout=60,
-        # Set before torch is imported: its thread pools are sized once.
-        env={name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
-        initializer=_take_card if cards else None,
-        initargs=(cards, n, os.getpid()) if cards else (),
-    )
-
-
-def _cards():
-    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    if not torch.cuda.is_available():
-        return []
-    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-
-
-def _take_card(cards, n, owner):
-    """In a new worker: take the first free of n slots, for as long as this process lives, and see only its card."""
-    for slot in range(n):
-        lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"pruneutils-{owner}-{slot}.lock")
-        with suppress(filelock.Timeout):
-            lock.acquire(blocking=False)
-            _take_card.lock = lock
-            os.environ["CUDA_VISIBLE_DEVICES"] = cards[slot % len(cards)]
-            return
-    raise RuntimeError(f"all {n} worker slots of process {owner} are taken")
+    configs = {key: record["config"] for key, record in records.items()}
+    return _table(configs, {key: Outcome(record) for key, record in records.items()})
 
 
 # ---------------------------------------------------------------- configs
 
 
 def _configs(run, grid):
-    """{key: config} in grid order, each checked to be nameable and to fit the signature of run."""
-    if isinstance(grid, dict):
+    """Return {key: config} in grid order, each checked to be nameable and to fit the signature of run."""
+    if isinstance(grid, Mapping):
         axes = {name: _axis(name, values) for name, values in grid.items()}
         grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if not isinstance(grid, (list, tuple)) or not grid or not all(isinstance(config, dict) for config in grid):
@@ -166,6 +186,7 @@ def _configs(run, grid):
 
 
 def _axis(name, values):
+    """Return the values of one grid key as a list."""
     if isinstance(values, (str, dict)) or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
         return [values]
     values = list(values)
@@ -174,108 +195,16 @@ def _axis(name, values):
     return values
 
 
-# ---------------------------------------------------------------- one run
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the runs of a sweep have in common."""
-
-    run: object
-    store: Path | None
-    deadline: float
-    threads: int | None
-    code: str
-    commit: str | None
-
-
-def _results(job, executor, tasks):
-    """Yield (key, record) as runs end."""
-    if executor is None:
-        for key, config, old in tasks:
-            yield key, _attempt(job, key, config, old)
-        return
-    # The last argument makes each call unique: Dask answers equal calls from memory.
-    futures = {executor.submit(_attempt, job, *task, time.time_ns()): task[0] for task in tasks}
-    try:
-        while futures:
-            # Polled, because submitit's jobs cannot be waited for with concurrent.futures.
-            ended = [future for future in futures if future.done()]
-            for future in ended:
-                key = futures.pop(future)
-                try:
-                    record = future.result()
-                except Exception as error:  # not the run's own, that is in its record: its worker died
-                    record = {"status": "missing", "error": f"{type(error).__name__}: {error}"}
-                yield key, record
-            if not ended:
-                time.sleep(_POLL_SECONDS)
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _attempt(job, key, config, old, _nonce=None):
-    """Do one run where this is called and record it, unless it is claimed, too late, or was done meanwhile."""
-    if time.time() > job.deadline:
-        return {"status": "missing"}
-    if job.store is None or not job.store.is_dir():
-        return _record(job, config) | {"written": job.store is None}
-    with claim(job.store, key) as lock:
-        if lock is None:
-            return {"status": "claimed"}
-        current = read(job.store, key)
-        if current != old:
-            return current
-        record = _record(job, config)
-        try:
-            write(job.store, key, record)
-        except OSError:
-            return record | {"written": False}
-        # Safe to remove: whoever opened the file before this sees the record once it gets the lock.
-        with suppress(OSError):
-            os.unlink(lock.lock_file)
-        return record
-
-
-def _record(job, config):
-    """Call run and describe what came of it; through JSON, so that a fresh record equals a stored one."""
-    started, clock, before = datetime.now(UTC), time.perf_counter(), torch.get_num_threads()
-    threads = job.threads or before
-    outcome = {"metrics": [], "error": None, "traceback": None}
-    try:
-        if threads != before:
-            torch.set_num_threads(threads)
-        outcome |= {"status": "done", "metrics": rows_of(job.run(**config))}
-    except Exception as error:
-        outcome |= {
-            "status": "failed",
-            "error": f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(),
-        }
-    finally:
-        if threads != before:
-            torch.set_num_threads(before)
-    facts = {
-        "seconds": time.perf_counter() - clock,
-        "time": started.isoformat(timespec="milliseconds"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else f"cpu {platform.machine()}",
-        "threads": threads,
-        "code": job.code,
-        "commit": job.commit,
-        **versions(),
-    }
-    return json.loads(json.dumps({"config": config, **outcome, **facts}))
-
-
 # ---------------------------------------------------------------- the table
 
 
-def _table(configs, records):
+def _table(configs, outcomes):
+    """Return one row for each row of metrics."""
     rows = []
     for key, config in configs.items():
-        record = records[key]
-        facts = {"status": record["status"], **{f"run_{fact}": record.get(fact) for fact in _FACTS}}
+        outcome = outcomes[key]
+        record = outcome.record or {"error": outcome.error}
+        facts = {"status": outcome.status, **{f"run_{fact}": record.get(fact) for fact in _FACTS}}
         rows += [(config, metrics, facts) for metrics in record.get("metrics") or [{}]]
     names = dict.fromkeys(name for config in configs.values() for name in config)
     taken = {*names, "status", *BOOKKEEPING}
@@ -288,24 +217,25 @@ def _table(configs, records):
 
 
 def _cell(value):
-    """Lists and dicts as text, so that they can be grouped by."""
+    """Return lists and dicts as text, so that they can be grouped by."""
     return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
-def _warn(configs, records, job):
-    """One warning for each thing that a reader of the table must know."""
-    advice = {
-        "failed": f"failed; tracebacks are in the records{f' in {job.store}' if job.store else ''}, "
-        "retry_failed=True runs them again",
-        "missing": "are missing, as the budget ended or their worker died; call again to go on",
-        "other": f"were done by other code than the present {job.code}, see column run_code; "
-        "remove their files to run them again",
-    }
-    for what, text in advice.items():
-        found = [key for key, record in records.items() if what == record["status"]]
-        if what == "other":
-            found = [key for key, record in records.items() if record.get("code", job.code) != job.code]
-        if found:
-            reason = f": {error}" if (error := records[found[0]].get("error")) else ""
-            told = f"{len(found)} of {len(configs)} runs {text}; one of them is {configs[found[0]]}{reason}"
+def _warn(configs, outcomes, code, folder):
+    """Warn once of each thing that a reader of the table must know."""
+    failed = [key for key, outcome in outcomes.items() if outcome.status == "failed"]
+    missing = [key for key, outcome in outcomes.items() if outcome.status == "missing"]
+    other = [key for key, outcome in outcomes.items() if outcome.record and outcome.record["code"] != code]
+    where = f" in {folder}" if folder else ""
+    for keys, told in (
+        (failed, f"failed; tracebacks are in the records{where}, retry_failed=True runs them again"),
+        (missing, "are missing, as the budget ended or their worker died; call again to go on"),
+        (other, f"were done by other code than the present {code}, see column run_code; remove their files to run "
+         "them again"),
+    ):  # fmt: skip
+        if keys:
+            outcome = outcomes[keys[0]]
+            error = outcome.record["error"] if outcome.record else outcome.error
+            reason = f": {error}" if error else ""
+            told = f"{len(keys)} of {len(configs)} runs {told}; one of them is {configs[keys[0]]}{reason}"
             warnings.warn(told, stacklevel=3)

@@ -14,28 +14,45 @@ from .. import _checks
 from .._torch import generator
 from ..model_utils import Masks, attach_masks, get_masks, layer_name, prunable_weights
 from . import criteria, granularities, schedules
+from ._slicing import replay
 from .criteria import Scores, criterion, dead_weights, list_criteria, scores
+from .filters import filter_table, prune_filters
 from .granularities import Block, Granularity, NofM, Tiles, granularity
+from .importance import filter_scores, importance, list_importances
+from .rebinding import rebind_optimizer
+from .repair import Recalibration, recalibrate, reconstruct
 from .schedules import Schedule, schedule, sparsity_at
 from .scopes import Scope, competitions, erk_sparsities, scope
+from .tracking import track_importance
 
 __all__ = [
     "Block",
     "LayerCollapseWarning",
     "NofM",
+    "Recalibration",
     "Tiles",
     "TiedScoresWarning",
     "criterion",
     "dead_weights",
     "erk_sparsities",
+    "filter_scores",
+    "filter_table",
     "granularity",
+    "importance",
     "list_criteria",
+    "list_importances",
     "prune",
+    "prune_filters",
     "prune_threshold",
+    "rebind_optimizer",
+    "recalibrate",
+    "reconstruct",
+    "replay",
     "schedule",
     "scope",
     "scores",
     "sparsity_at",
+    "track_importance",
 ]
 
 

@@ -1,7 +1,7 @@
-"""Backward-only pruning: the model computes what it always did, and gradients flow back through pruned weights."""
+"""Backward-only pruning: outputs stay as they are, and gradients flow back as if the weights were pruned."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from ..model_utils import check_masks, layer_name, prunable_weights
 
 
 class _Outputs(torch.autograd.Function):
-    """The value of `outputs`, with the gradient handed to both `outputs` and `through`."""
+    """The value of `outputs`; both `outputs` and `through` get its gradient."""
 
     @staticmethod
     def forward(ctx, outputs, through):
@@ -24,17 +24,38 @@ class _Outputs(torch.autograd.Function):
 
 @contextlib.contextmanager
 def backward_pruned(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
-    """Inside, gradients pass each masked layer of `model` as if its weights were pruned; all else is unchanged.
+    """Let gradients pass each masked layer as if its weights were pruned; outputs are unchanged.
 
-    `masks` {parameter name: bool or 0/1 tensor of the weight's shape, True = kept}, of convolution (transposed too) and
-    linear layers. Outputs are the same bit for bit, and so is every layer's weight and bias gradient for the same
-    gradient at its output; the gradient handed on to its input is W'dy with W' = mask * W instead of W. Run the
-    forward pass inside; backward may come later. It costs a second forward pass of each masked layer that hands a
-    gradient on. For a fresh random mask in every iteration (Wang et al. 2022) enter anew each time.
+    Inside the `with` block the outputs are the same bit for bit, and so is every layer's weight and bias gradient for
+    the same gradient at its output. What changes is the gradient that a layer hands on to its input: W'dy with W' =
+    mask * W instead of W. Run the forward pass inside; backward may come later. It costs a second forward pass of each
+    masked layer that hands a gradient on. On exit, also by an exception, the model is as it was.
 
-    Raises ValueError for an unknown name, another shape, entries other than 0 and 1, and a weight that
-    nn.MultiheadAttention uses without calling the layer; nothing is changed then. On exit, also by an exception, the
-    model is as it was.
+    Args:
+        model: Any model; its weights and its own masks are not touched.
+        masks: {parameter name: bool or 0/1 tensor of the weight's shape}, True = kept, for convolution (transposed
+            too) and linear layers. For a fresh random mask in every iteration enter the block anew each time.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: For an unknown name, another shape, entries other than 0 and 1, or a weight that
+            nn.MultiheadAttention uses without calling the layer; nothing is changed then.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> masks = {"weight": torch.tensor([[1, 0, 1], [1, 0, 0]])}
+        >>> inputs = torch.ones(1, 3, requires_grad=True)
+        >>> with pu.backward_pruned(model, masks):
+        ...     outputs = model(inputs)
+        >>> torch.equal(outputs, model(inputs))
+        True
+        >>> outputs.sum().backward()
+        >>> torch.equal(inputs.grad, (model.weight * masks["weight"]).sum(0, keepdim=True))
+        True
+
+    Wang et al. 2022.
     """
     masks = _checked(model, masks)
     layers = [module for module in model.modules() if id(module._parameters.get("weight")) in masks]
@@ -50,7 +71,9 @@ def backward_pruned(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iter
                 module.forward = forward
 
 
-def _pruned_forward(module, forward, mask):
+def _pruned_forward(module, forward, mask) -> Callable:
+    """Return a layer's forward whose outputs come from the whole weight, and their gradient from the masked one."""
+
     def pruned_forward(input, *args, **kwargs):
         if not (torch.is_grad_enabled() and input.requires_grad):
             return forward(input, *args, **kwargs)
@@ -67,7 +90,7 @@ def _pruned_forward(module, forward, mask):
 
 
 def _checked(model, masks) -> dict[int, torch.Tensor]:
-    """{id of the weight: its bool mask on its device}; a weight that several layers share is masked in all of them."""
+    """Return {id of the weight: its bool mask on its device}; a shared weight is masked in all of its layers."""
     weights, masks = prunable_weights(model), check_masks(model, masks)
     uncalled = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name in masks:

@@ -12,7 +12,7 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 def epochs_of(train: object, batch_size: int, seed: int) -> tuple[Callable[[], Batches], int]:
     """Return a function that starts a new epoch of shuffled batches, and the number of batches of an epoch."""
-    _checks.whole("batch_size", batch_size)
+    batch_size = _checks.whole("batch_size", batch_size)
     generator = torch.Generator().manual_seed(seed)
     if hasattr(train, "batches"):
         start, n = lambda: train.batches(batch_size, generator=generator), -(-len(train) // batch_size)

@@ -1,7 +1,7 @@
-"""Dynamic sparse training: the masks move while the model trains, and every layer's number of weights stays the same.
+"""Dynamic sparse training: the masks move while the model trains, and each layer keeps its number of weights.
 
-Start from `prune(model, "random", sparsity, scope="erk")`, then drop and grow every so many steps of any training loop:
-SET (Mocanu et al. 2018) grows at random, RigL (Evci et al. 2020) where the gradient is largest.
+Start from `prune(model, "random", sparsity, scope="erk")`, then drop and grow weights every so many steps of any
+training loop: SET (Mocanu et al. 2018) grows at random, RigL (Evci et al. 2020) where the gradient is largest.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import nn
 
 from .._checks import fraction as check_fraction
 from .._checks import one_of, whole
+from .._torch import generator
 from ..model_utils import Masks, attach_masks, get_masks, prunable_weights
 from ..pruning import scores
 from ..pruning.selection import select
@@ -21,18 +22,47 @@ GROWTH = ("gradient", "random")
 
 
 def regrow(
-    model: nn.Module, fraction: float, grow: str = "gradient", data=None, loss_fn: Callable | None = None, seed: int = 0
+    model: nn.Module,
+    fraction: float,
+    grow: str = "gradient",
+    data: object = None,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    seed: int = 0,
 ) -> Masks:
-    """Move `round(fraction * kept)` weights of every masked layer of `model`, in place, and return its new masks.
+    """Move weights within each masked layer, in place: drop the smallest kept ones and grow as many elsewhere.
 
-    The kept weights lowest in |w| are dropped and as many are grown: with "gradient" where the gradient of the loss is
-    largest in magnitude (RigL), with "random" anywhere (SET). Candidates are all weights then pruned, those just
-    dropped included as in both papers; one that is chosen again stays as it was. All others start at zero, with their
-    optimizer state cleared. The gradient is that of `loss_fn` on `data` (see `scores`) in the model's present train or
-    eval mode; without `data`, what the last backward pass has left in `.grad`, at no cost. Ties go by position.
+    Candidates for growth are all weights that are then pruned, as in both papers: those just dropped, too. One that is
+    dropped and grown again stays as it was; all others start at zero, with their optimizer state cleared. Ties go by
+    position.
 
-    Raises ValueError, and changes nothing, for a model without masks, a fraction outside [0, 1], an unknown `grow`, and
-    a gradient that is missing, NaN or infinite.
+    Args:
+        model: A model with masks.
+        fraction: The fraction of each layer's kept weights to move; `round(fraction * kept)` of them.
+        grow: Where weights grow: "gradient" where the gradient of the loss is largest in magnitude (RigL), "random"
+            anywhere (SET).
+        data: One (inputs, targets) batch or an iterable of them for the gradient, in the model's present train or eval
+            mode. Without it, the gradient is what the last backward pass has left in `.grad`, at no cost.
+        loss_fn: `(outputs, targets) -> mean loss over the batch`; cross-entropy by default.
+        seed: Of random growth.
+
+    Returns:
+        The new masks, with as many weights in each layer as before.
+
+    Raises:
+        ValueError: For a model without masks, a fraction outside [0, 1], an unknown `grow`, or a gradient that is
+            missing, NaN or infinite; the model is then as it was.
+
+    Example:
+        >>> model = pu.models.create("lenet300")
+        >>> before = pu.prune(model, "random", 0.9, scope="erk")
+        >>> after = pu.regrow(model, 0.25, grow="random")
+        >>> int(before["fc1.weight"].sum()) == int(after["fc1.weight"].sum())
+        True
+        >>> torch.equal(before["fc1.weight"], after["fc1.weight"])
+        False
+
+    Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse connectivity" (SET);
+    Evci et al. 2020, "Rigging the lottery" (RigL).
     """
     one_of("grow", grow, GROWTH)
     check_fraction("fraction", fraction)
@@ -43,7 +73,8 @@ def regrow(
         )
     weights = prunable_weights(model)
     if grow == "random":
-        wanted = scores(model, "random", seed=seed)
+        # of its own: the masks may have been drawn from this very seed, and then what is dropped would come back
+        wanted = scores(model, "random", seed=generator(seed, "grow").initial_seed())
     elif data is not None:
         wanted = scores(model, "gradient", data, loss_fn=loss_fn, seed=seed, train_mode=model.training)
     else:
@@ -57,7 +88,24 @@ def regrow(
 
 
 def drop_fraction_at(progress: float, initial: float = 0.3) -> float:
-    """The fraction to move at `progress` in [0, 1]: initial / 2 * (1 + cos(pi * progress)) (Evci et al. 2020)."""
+    """Compute the fraction of weights to move at some point of training: a cosine that falls from `initial` to 0.
+
+    Args:
+        progress: How much of the time for moving has gone by, in [0, 1].
+        initial: The fraction at the beginning, in [0, 1].
+
+    Returns:
+        initial / 2 * (1 + cos(pi * progress)).
+
+    Raises:
+        ValueError: If either is outside [0, 1].
+
+    Example:
+        >>> [round(pu.drop_fraction_at(progress), 3) for progress in (0, 0.5, 1)]
+        [0.3, 0.15, 0.0]
+
+    Evci et al. 2020, "Rigging the lottery".
+    """
     check_fraction("progress", progress)
     check_fraction("initial", initial)
     return initial / 2 * (1 + math.cos(math.pi * progress))
@@ -68,16 +116,39 @@ def dynamic_sparsity(
     every: int = 100,
     until: float = 0.75,
     initial: float = 0.3,
-    data=None,
-    loss_fn: Callable | None = None,
+    data: object = None,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     seed: int = 0,
 ) -> Callable[[nn.Module, int, int], None]:
-    """A function `(model, step, steps)` for `fit(..., on_step=)`, or to call after each step (from 1) of any loop.
+    """Make a function that calls `regrow` now and then while a model trains.
 
-    It calls `regrow` at every `every`-th step as long as step / steps < `until`, with the fraction that
-    `drop_fraction_at` gives for the part of that time gone by. The defaults are RigL's. Random growth depends on `seed`
-    and the step alone, so training that goes on from a checkpoint repeats. Raises ValueError for an unknown `grow`,
-    `every` below 1 and fractions outside [0, 1].
+    Pass it to `fit` as `on_step`, or call it after each step of any loop. It keeps nothing between calls: random growth
+    depends on `seed` and the step alone, so training that goes on from a checkpoint repeats. The defaults are RigL's.
+
+    Args:
+        grow: As for `regrow`.
+        every: Move weights after every so many steps.
+        until: The fraction of all steps after which no weight moves any more.
+        initial: The fraction of weights to move at the beginning; it falls to 0 as `drop_fraction_at` says.
+        data: As for `regrow`.
+        loss_fn: As for `regrow`.
+        seed: Of random growth.
+
+    Returns:
+        A function `(model, step, steps)`: `step` counts from 1, `steps` is how many there are in all.
+
+    Raises:
+        ValueError: For an unknown `grow`, `every` below 1, or a fraction outside [0, 1].
+
+    Example:
+        >>> train, test = pu.data.load("digits")
+        >>> model = pu.models.create("lenet300")
+        >>> before = pu.prune(model, "random", 0.9, scope="erk")
+        >>> table = pu.fit(model, train.subset(640), epochs=2, optimizer="adam", on_step=pu.dynamic_sparsity(every=3))
+        >>> torch.equal(before["fc1.weight"], pu.get_masks(model)["fc1.weight"]), table.sparsity.round(4).tolist()
+        (False, [0.9, 0.9])
+
+    Mocanu et al. 2018 (SET); Evci et al. 2020 (RigL).
     """
     one_of("grow", grow, GROWTH)
     check_fraction("initial", initial)
@@ -103,6 +174,7 @@ def _move(name, weight, mask, wanted, fraction) -> torch.Tensor:
 
 
 def _present_gradients(weights) -> dict[str, torch.Tensor]:
+    """Return what the last backward pass has left."""
     if missing := [name for name, weight in weights.items() if weight.grad is None]:
         raise ValueError(
             f"no gradient on {', '.join(missing)}; call regrow between backward() and the next zero_grad(), or give it "

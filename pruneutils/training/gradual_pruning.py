@@ -1,6 +1,6 @@
 """Pruning while training: `gradual` for whole experiments, `gradual_sparsity` for any training loop."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 
 import numpy as np
@@ -83,8 +83,8 @@ def gradual(
     Zhu and Gupta 2017, "To prune, or not to prune".
     """
     sparsities = _ascending(sparsities)
-    pruning = dict(criterion=criterion, scope=scope, granularity=granularity, data=data, exclude=exclude, seed=seed)
-    pruning["loss_fn"] = fit_options.get("loss_fn")
+    pruning = dict(criterion=criterion, scope=scope, granularity=granularity, exclude=exclude, seed=seed)
+    pruning |= {"data": _repeatable(data), "loss_fn": fit_options.get("loss_fn")}
     _check_pruning(model, sparsities, **pruning)
     if epochs is None and recovery is None:
         epochs_each = _checks.whole("epochs_each", 1 if epochs_each is None else epochs_each)
@@ -156,6 +156,7 @@ def gradual_sparsity(
     Zhu and Gupta 2017, "To prune, or not to prune".
     """
     _ascending([start, target], "start and target")
+    data = _repeatable(data)
     if _checks.fraction("begin", begin) > _checks.fraction("end", end) or end == 0:
         raise ValueError(f"the ramp must end after its begin={begin!r} and after step 0, not at end={end!r}")
     _checks.whole("every", every)
@@ -242,6 +243,11 @@ def _ascending(sparsities, argument="sparsities") -> list[float]:
     if sparsities != sorted(sparsities):
         raise ValueError(f"{argument} must be ascending fractions, not {sparsities!r}")
     return sparsities
+
+
+def _repeatable(data):
+    """Keep the batches of an iterator: every pruning needs them."""
+    return list(data) if isinstance(data, Iterator) else data
 
 
 def _check_pruning(model, sparsities, criterion, scope, granularity, data, exclude, seed, loss_fn) -> None:

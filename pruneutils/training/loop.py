@@ -108,6 +108,7 @@ def fit(
         in_mode(model, training=True),
     ):
         for epoch in range(1, epochs + 1):
+            model.train()  # an `on_step` may have left it in eval mode
             started = time.perf_counter()
             loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
             for inputs, targets in setup.new_epoch():
@@ -166,7 +167,7 @@ def _set_up(
     _checks.whole("epochs", epochs)
     _checks.whole("test_every", test_every)
     _checks.whole("start_step", start_step, least=0)
-    seed = int(_checks.whole("seed", seed, least=0))
+    seed = _checks.whole("seed", seed, least=0)
     lr_factor = _checks.choose("lr_schedule", lr_schedule, optimizers.LR_SCHEDULES)
     precision = resolve_precision(precision, model)
     new_epoch, per_epoch = epochs_of(train, batch_size, seed)

@@ -14,17 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import filelock
-import platformdirs
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from .. import _checks, _torch, checkpoints, models
+from .. import data as images
 from .._torch import resolve_precision
 from ..data import Images
-from ..data import images as data_images
-from ..data import load as load_data
-from ..data import readers as data_readers
+from ..data.cache import cache_folder
 from . import batches, loop, numerics, optimizers
 from .loop import fit
 
@@ -75,9 +73,9 @@ def trained(
         >>> torch.equal(model.fc1.weight, again.fc1.weight)
         True
     """
-    device, seed = torch.device(device), int(_checks.whole("seed", seed, least=0))
+    device, seed = torch.device(device), _checks.whole("seed", seed, least=0)
     options = _with_defaults(fit_options)
-    train, test = load_data(dataset) if isinstance(dataset, str) else dataset
+    train, test = images.load(dataset) if isinstance(dataset, str) else dataset
     train = train.subset(train_size) if train_size else train
     model = models.create(network, num_classes=len(train.classes), in_channels=train.images.shape[1], seed=seed)
     if checkpoint is not None:
@@ -137,20 +135,21 @@ def _plain(value):
     raise TypeError(f"{value!r} is no plain value")
 
 
-def _fingerprint(images: Images) -> dict:
+def _fingerprint(train: Images) -> dict:
     """Describe the training images: all labels and about a thousand images stand for the pixels."""
-    sample = images.images[:: max(1, len(images) // 1000)]
-    content = hashlib.sha256(images.targets.cpu().numpy().tobytes() + sample.cpu().numpy().tobytes()).hexdigest()
-    own = {name: getattr(images, name) for name in ("name", "classes", "mean", "std", "augment", "flip")}
-    return own | {"shape": list(images.images.shape), "content": content}
+    sample = train.images[:: max(1, len(train) // 1000)]
+    content = hashlib.sha256(train.targets.cpu().numpy().tobytes() + sample.cpu().numpy().tobytes()).hexdigest()
+    own = {name: getattr(train, name) for name in ("name", "classes", "mean", "std", "augment", "flip")}
+    return own | {"shape": list(train.images.shape), "content": content}
 
 
 @functools.cache
 def _code_that_trains() -> str:
     """Hash the modules that decide a trained network, without comments and docstrings."""
     digest = hashlib.sha256()
-    for module in (batches, loop, numerics, optimizers, models, data_images, data_readers, _torch):
-        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    files = [Path(module.__file__) for module in (batches, loop, numerics, optimizers, models, _torch)]
+    for file in [*files, *sorted(Path(images.__file__).parent.glob("*.py"))]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
@@ -168,7 +167,7 @@ def _cache_folder(device: torch.device) -> Path:
         kind = f"{torch.backends.cpu.get_cpu_capability()} {forced} {torch.get_num_threads()} threads"
     else:
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return platformdirs.user_cache_path("pruneutils") / "networks" / _plain_name(kind)
+    return cache_folder() / "networks" / _plain_name(kind)
 
 
 def _plain_name(text: str) -> str:

@@ -1,7 +1,11 @@
+"""Sweeps: the table, what is kept, and what happens to them in processes that are killed, interrupted or shared."""
+
 import errno
 import functools
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +17,18 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import loky
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
+import pruneutils as pu
 from pruneutils.experiments import BOOKKEEPING, load, processes, sweep
-from pruneutils.experiments import sweeping as experiments
-from pruneutils.experiments.store import code_version
+from pruneutils.experiments.provenance import code_version
+
+ROOT = Path(__file__).parent.parent.parent
 
 GRID = {"method": ["a", "b"], "sparsity": [0.5, 0.9], "seed": range(3)}
 SCALE = 3
@@ -38,7 +46,7 @@ def facts(frame):
 def script(body, store, *arguments):
     """Start a process that knows the sweep `work`, whose runs leave a line each in store.ran."""
     source = f"""
-        import os, sys, time
+        import os, signal, sys, time
         from pruneutils.experiments import processes, sweep
         store, ran = {str(store)!r}, {str(store) + ".ran"!r}
         def run(index, seconds=0.1):
@@ -69,8 +77,7 @@ def test_table_in_grid_order(tmp_path):
     assert (frame["status"] == "done").all() and frame["run_torch"].iloc[0] == torch.__version__
     assert (frame["run_seconds"] >= 0).all() and frame["run_error"].isna().all()
     pd.testing.assert_frame_equal(facts(sweep(run, GRID)), facts(frame))
-    with ThreadPoolExecutor(3) as executor:
-        pd.testing.assert_frame_equal(facts(sweep(run, GRID, executor=executor)), facts(frame))
+    pd.testing.assert_frame_equal(facts(sweep(run, GRID, executor=processes(2))), facts(frame))
     pd.testing.assert_frame_equal(
         load(tmp_path / "s").sort_values(["method", "sparsity", "seed"], ignore_index=True), frame
     )
@@ -99,6 +106,7 @@ def test_second_call_runs_only_what_is_missing(tmp_path):
         "seconds",
         "time",
         "device",
+        "precision",
         "code",
         "commit",
         "torch",
@@ -215,20 +223,42 @@ def test_code_version_sees_helpers_constants_and_partials():
     assert version(functools.partial(helper, rate=1)) != version(functools.partial(helper, rate=2)) != version(helper)
 
 
-def test_budget_stops_between_runs(tmp_path):
+def test_budget_stops_between_runs(tmp_path, monkeypatch):
+    clock = deque([1000.0])  # no list, which would count as a constant of the code
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
     def slow(seed):
-        time.sleep(0.2)
+        clock[0] += 1
+        monkeypatch.setattr(time, "time", lambda: 1e12)  # somebody sets the calendar
         return {"accuracy": seed}
 
-    with pytest.warns(UserWarning, match="runs are missing, as the budget ended"):
-        frame = sweep(slow, {"seed": range(50)}, tmp_path, budget_seconds=0.3)
-    done = (frame["status"] == "done").sum()
-    assert 1 <= done <= 2 and (frame["status"][done:] == "missing").all() and len(frame) == 50
-    with pytest.warns(UserWarning, match="call again"):
-        assert (
-            len(load(tmp_path))
-            < (sweep(slow, {"seed": range(50)}, tmp_path, budget_seconds=0.3).status == "done").sum()
-        )
+    for done in (3, 6):  # they start after 0, 1 and 2 seconds
+        with pytest.warns(UserWarning, match=f"{50 - done} of 50 runs are missing, as the budget ended.*call again"):
+            frame = sweep(slow, {"seed": range(50)}, tmp_path, budget_seconds=2.5)
+        assert frame["status"].tolist() == ["done"] * done + ["missing"] * (50 - done)
+        assert len(load(tmp_path)) == done
+
+
+def test_a_budget_reaches_other_processes(tmp_path):
+    def slow(seed):
+        time.sleep(1.5)
+        return {"accuracy": seed}
+
+    executor = processes(1)
+    executor.submit(str).result()  # the worker is there
+    with pytest.warns(UserWarning, match="as the budget ended"):
+        frame = sweep(slow, {"seed": range(8)}, tmp_path, executor, budget_seconds=2)
+    assert 1 <= (frame["status"] == "done").sum() <= 2
+
+
+def test_a_budget_is_a_number_of_seconds():
+    with pytest.raises(ValueError, match="budget_seconds must be a number of at least 0, not -1"):
+        sweep(run, GRID, budget_seconds=-1)
+
+
+def end_of(family):
+    """Wait until these processes have ended; those that have not."""
+    return psutil.wait_procs(family, timeout=20)[1]
 
 
 @pytest.mark.parametrize("executor", ["None", "processes(2)"])
@@ -238,9 +268,10 @@ def test_kill_9_in_mid_sweep_then_resume(tmp_path, executor):
     while len(list(store.glob("*.json"))) < 3:
         assert process.poll() is None
         time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.3)  # workers may end the runs under way
+    assert not end_of(workers)
     kept = {path: path.read_bytes() for path in store.glob("*.json")}
     assert 3 <= len(kept) < 20
 
@@ -254,6 +285,31 @@ def test_kill_9_in_mid_sweep_then_resume(tmp_path, executor):
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert len(ran(store)) <= 20 + 2 and set(ran(store)) == set(range(20))
     pd.testing.assert_frame_equal(facts(frame), facts(sweep(square, {"index": range(20)})))
+
+
+def test_workers_of_a_killed_or_interrupted_sweep_end_in_the_middle_of_their_runs(tmp_path):
+    for number in (signal.SIGKILL, signal.SIGINT):
+        store = tmp_path / number.name
+        body = "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background job ignores it
+        process = script(body + "sweep(run, dict(index=range(4), seconds=600), store, processes(2))", store)
+        while not (Path(f"{store}.ran").exists() and len(ran(store)) == 2):
+            assert process.poll() is None
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 2
+        process.send_signal(number)
+        assert process.wait(timeout=20) != 0
+        assert not end_of(family), number
+        assert not list(store.glob("*.json"))
+
+
+def test_an_interrupted_sweep_leaves_an_executor_for_the_next(tmp_path):
+    def interrupted(index):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(interrupted, {"index": [0]}, tmp_path, processes(1))
+    assert sweep(square, {"index": [0]}, tmp_path, processes(1))["status"].tolist() == ["done"]
 
 
 def test_two_processes_share_a_store(tmp_path):
@@ -314,12 +370,87 @@ def test_a_disk_that_fills_up_stops_the_sweep_and_shows_the_metrics(tmp_path, mo
     assert load(tmp_path)["seed"].tolist() == [0] and not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_damaged_record_is_named(tmp_path):
+def without(name):
+    return lambda record: json.dumps({key: value for key, value in record.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda record: "<<<<<<< HEAD", "Expecting value"),
+        (lambda record: "", "Expecting value"),
+        (lambda record: "[]", "no JSON object"),
+        (lambda record: "{}", "its config should be a dict and is None"),
+        (without("metrics"), "its metrics should be a list and is None"),
+        (without("time"), "its time should be a str"),
+        (lambda record: json.dumps(record | {"metrics": "0.9"}), "its metrics should be a list and is '0.9'"),
+        (lambda record: json.dumps(record | {"metrics": ["0.9"]}), "should be dicts"),
+        (lambda record: json.dumps(record | {"status": "missing"}), "status 'missing' should be"),
+        (lambda record: json.dumps(record | {"config": {"seed": 7}}), "it holds the run {'seed': 7}, which belongs"),
+    ],
+)
+def test_what_is_no_record_is_named(tmp_path, damage, told):
     sweep(run, GRID, tmp_path)
     damaged = next(tmp_path.glob("*.json"))
-    damaged.write_text("<<<<<<< HEAD")
-    with pytest.raises(ValueError, match=f"{damaged.name} is not a record"):
+    damaged.write_text(damage(json.loads(damaged.read_text())))
+    for read in (lambda: sweep(run, GRID, tmp_path), lambda: load(tmp_path)):
+        with pytest.raises(ValueError, match=f"{damaged.name} is not a record .*{told}.*; remove it"):
+            read()
+
+
+def test_another_runs_file_copied_over_a_record_is_named(tmp_path):
+    sweep(run, GRID, tmp_path)
+    one, other = sorted(tmp_path.glob("*.json"))[:2]
+    shutil.copy(one, other)
+    with pytest.raises(ValueError, match=f"{other.name} is not a record .it holds the run .* belongs into {one.stem}"):
         sweep(run, GRID, tmp_path)
+
+
+def test_records_are_strict_json_and_keep_what_is_not_finite(tmp_path):
+    values = {"nan": math.nan, "inf": math.inf, "curve": [1.0, -math.inf], "hits": torch.tensor([True, False])}
+    fresh = sweep(lambda seed: values, {"seed": 1}, tmp_path)
+    path = next(tmp_path.glob("*.json"))
+
+    def refuse(token):
+        raise AssertionError(token)
+
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    assert record["metrics"] == [{"nan": "NaN", "inf": "Infinity", "curve": [1.0, "-Infinity"], "hits": [True, False]}]
+    pd.testing.assert_frame_equal(load(tmp_path), fresh)
+    assert np.isnan(fresh["nan"][0]) and fresh["inf"][0] == math.inf and fresh["hits"][0] == "[true, false]"
+    path.write_text(path.read_text().replace('"NaN"', "NaN").replace('"Infinity"', "Infinity"))  # as in older records
+    assert "NaN," in path.read_text()
+    pd.testing.assert_frame_equal(load(tmp_path), fresh)
+
+
+def test_records_in_the_repository_are_readable():
+    folders = [folder for folder in (ROOT / "results").iterdir() if folder.is_dir()]
+    assert folders
+    for folder in folders:
+        assert (load(folder)["status"] == "done").all(), folder
+
+
+def test_a_record_tells_the_precision_that_ran():
+    batch = torch.randn(8, 4), torch.tensor([0, 1] * 4)
+
+    def training(precision):
+        model = torch.nn.Linear(4, 2)
+        if precision != "none":
+            pu.fit(model, batch, epochs=1, precision=precision)
+            if precision == "bfloat16":
+                pu.accuracy(model, batch)
+        return {"weights": 8}
+
+    frame = sweep(training, {"precision": ["auto", "bfloat16", "none"]})
+    assert frame["run_precision"].tolist()[:2] == ["float32", "bfloat16, float32"]
+    assert frame["run_precision"].isna().tolist() == [False, False, True]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+def test_the_commit_is_that_of_the_code_wherever_one_starts(monkeypatch):
+    monkeypatch.chdir("/")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert head.startswith(sweep(run, GRID)["run_commit"][0].removesuffix("-dirty"))
 
 
 def test_processes_have_one_thread_and_take_functions_of_a_notebook(tmp_path):
@@ -355,33 +486,75 @@ def test_a_worker_that_dies_leaves_its_run_missing_not_dropped(tmp_path):
 
 def test_workers_spread_over_cards(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    taken, slots = [], []
-    for _ in range(3):
-        experiments._take_card(["4", "7"], 3, "owner")
-        taken.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        slots.append(experiments._take_card.lock)  # held as long as its worker lives
-    assert taken == ["4", "7", "4"]
-    with pytest.raises(RuntimeError, match="all 3 worker slots"):
-        experiments._take_card(["4", "7"], 3, "owner")
-    slots[1].release()
-    experiments._take_card(["4", "7"], 3, "owner")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+
+    def described(seed):
+        (tmp_path / f"{os.getpid()}.here").touch()
+        while len(list(tmp_path.glob("*.here"))) < 3:  # no worker does all runs
+            time.sleep(0.05)
+        return {"card": os.environ["CUDA_VISIBLE_DEVICES"], "process": os.getpid()}
+
+    frame = sweep(described, {"seed": range(12)}, executor=processes(3))
+    cards = frame.groupby("process").card.unique()
+    assert all(len(card) == 1 for card in cards), "a worker keeps its card"
+    assert sorted(card[0] for card in cards) == ["4", "4", "7"]
 
 
-class _Elsewhere:
-    """An executor whose workers do not see the store, and whose jobs know done() and result() only, as submitit's."""
+class Broken:
+    """An executor whose workers do not see the store; its jobs know done() and result() only, as submitit's."""
 
-    def submit(self, function, job, *arguments):
+    def __init__(self, store):
+        self.store = store
+
+    def submit(self, function, *arguments):
+        shutil.rmtree(self.store, ignore_errors=True)
         future = Future()
-        future.set_result(function(job.__class__(**{**vars(job), "store": Path("/nowhere")}), *arguments))
+        try:
+            future.set_result(function(*arguments))
+        except OSError as error:
+            future.set_exception(error)
         return future
 
 
-def test_records_of_workers_that_do_not_see_the_store_are_kept(tmp_path):
-    frame = sweep(run, GRID, tmp_path, _Elsewhere())
-    pd.testing.assert_frame_equal(sweep(run, GRID, tmp_path), frame)
-    assert len(list(tmp_path.glob("*.json"))) == 12
+def test_workers_that_do_not_see_the_store_are_told_before_they_run(tmp_path):
+    calls = deque()
+    with pytest.raises(OSError, match="does not see the store .*/store, which every machine of a sweep has to see"):
+        sweep(lambda seed: calls.append(seed), {"seed": range(3)}, tmp_path / "store", Broken(tmp_path / "store"))
+    assert not calls and not (tmp_path / "store").exists()
+
+
+def test_executors_of_threads_are_refused_by_name_before_the_first_run():
+    calls = deque()
+    with ThreadPoolExecutor(2) as executor:
+        with pytest.raises(ValueError, match="a ThreadPoolExecutor, but runs side by side .* random state"):
+            sweep(lambda seed: calls.append(seed), {"seed": range(3)}, executor=executor)
+    with pytest.raises(TypeError, match="executor must be None, 'auto' or an executor .* not 'dask'"):
+        sweep(lambda seed: calls.append(seed), {"seed": range(3)}, executor="dask")
+    distributed = pytest.importorskip("distributed")
+    options = {"processes": False, "threads_per_worker": 2, "dashboard_address": None}
+    with distributed.LocalCluster(1, **options) as cluster, distributed.Client(cluster) as client:
+        with pytest.raises(ValueError, match="Dask's worker .* has 2 threads, .*threads_per_worker=1"):
+            sweep(lambda seed: calls.append(seed), {"seed": range(3)}, executor=client.get_executor())
+    assert not calls
+
+
+class Threads:
+    """Threads that `sweep` cannot know."""
+
+    def __init__(self, executor):
+        self.submit = executor.submit
+
+
+def test_runs_in_one_process_take_turns(tmp_path):
+    def draws(seed):
+        torch.manual_seed(seed)
+        time.sleep(0.01)
+        return {"drawn": torch.rand(()).item()}
+
+    with ThreadPoolExecutor(4) as executor:
+        frame = sweep(draws, {"seed": range(12)}, tmp_path, Threads(executor))
+    pd.testing.assert_frame_equal(facts(frame), facts(sweep(draws, {"seed": range(12)})))
 
 
 def test_dask_with_a_killed_worker_gives_the_sequential_table(tmp_path):
@@ -424,14 +597,17 @@ def test_auto_takes_processes_only_if_several_and_worth_it_by_the_first_run(monk
     def run(x):
         return {"pid": os.getpid()}
 
-    frame = experiments.sweep(run, {"x": [1, 2, 3]}, executor="auto", progress=False)
-    assert set(frame.pid) == {os.getpid()}
-    monkeypatch.setattr(experiments, "_WORTH_PROCESSES", 0)
-    monkeypatch.setattr(experiments, "_cards", lambda: ["0"])  # one worker a card: one would gain nothing
-    frame = experiments.sweep(run, {"x": [1, 2, 3]}, executor="auto", progress=False)
-    assert set(frame.pid) == {os.getpid()}
-    monkeypatch.setattr(experiments, "_cards", list)
-    monkeypatch.setattr(experiments, "cpu_count", lambda: 2)
-    frame = experiments.sweep(run, {"x": [1, 2, 3]}, executor="auto", progress=False)
-    assert frame.pid[0] == os.getpid() and os.getpid() not in set(frame.pid[1:])
-    assert (frame.status == "done").all()
+    def pids():
+        frame = sweep(run, {"x": [1, 2, 3]}, executor="auto")
+        assert (frame.status == "done").all()
+        return frame.pid.tolist()
+
+    assert pids() == [os.getpid()] * 3
+    clock = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # every run seems to take 1,000 seconds
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert pids() == [os.getpid()] * 3
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT")
+    if loky.cpu_count() > 1:
+        first, *others = pids()
+        assert first == os.getpid() and os.getpid() not in others

@@ -1,9 +1,14 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
-from pruneutils.experiments.statistics import compare, summary
+from pruneutils.experiments.statistics import bootstrap_images, by_image, compare, mcnemar, summary
 
 
 def runs(**arms):
@@ -68,13 +73,19 @@ def test_rows_without_a_value_are_left_out_aloud():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda frame: summary(frame, by="arm"), "no column 'arm'; possible are method, seed, accuracy"),
-        (lambda frame: summary(frame, by="method", interval="z"), "interval 'z'"),
-        (lambda frame: summary(frame, by="method", level=95), "level 95"),
+        (lambda frame: summary(frame, by="arm"), "unknown column 'arm'; known: method, seed, accuracy"),
+        (lambda frame: summary(frame, by="method", interval="z"), "unknown interval 'z'; known: t, bootstrap"),
+        (lambda frame: summary(frame, by="method", level=95), "level must be a fraction .* not 95"),
         (lambda frame: summary(frame, by="seed", value="method"), "not numbers"),
-        (lambda frame: compare(frame, test="z"), "test 'z'"),
-        (lambda frame: compare(frame, pair_on="start"), "no column 'start'"),
+        (lambda frame: compare(frame, test="z"), "unknown test 'z'"),
+        (lambda frame: compare(frame, pair_on="start"), "unknown column 'start'"),
         (lambda frame: compare(frame[frame.method == "a"]), "one arm only"),
+        (lambda frame: compare(frame, against="A"), "unknown arm 'A'; did you mean 'a'"),
+        (lambda frame: compare(frame, against=[("a", "z")]), "unknown arm 'z'"),
+        (lambda frame: compare(frame, against=["a"]), "list of pairs of two different arms, not .'a'."),
+        (lambda frame: compare(frame, against=[("a", "b"), ("b", "a")]), "none twice"),
+        (lambda frame: compare(frame, test="mcnemar"), "more than 0 and 1"),
+        (lambda frame: compare(frame, within="accuracy", pair_on="seed"), "no two of the arms to compare"),
     ],
 )
 def test_errors_say_what_and_where(call, message):
@@ -132,7 +143,6 @@ def test_equal_differences_are_judged_by_sign():
 
     assert p_and_verdict(2, 0.001) == (0.5, "cannot be told apart")
     assert p_and_verdict(6, 0.001) == (0.03125, "a > b")
-    assert p_and_verdict(6, 0.0) == (1.0, "cannot be told apart")
 
 
 def test_missing_pairs():
@@ -154,6 +164,129 @@ def test_within_compares_at_equal_values_only():
     low, high = (runs(a=[1, 2, 3.1], b=[1, 2, 3]).assign(sparsity=s) for s in (0.5, 0.9))
     high.loc[high.method == "a", "accuracy"] += [4, 4.1, 4.2]
     table = compare(pd.concat([low, high]), within=["sparsity"])
-    assert list(table.columns) == ["sparsity", *"ab", "n", "difference", "low", "high", "p", "p_holm", "verdict"]
+    columns = [*"ab", "n", "difference", "low", "high", "p", "p_holm", "differs", "larger", "verdict"]
+    assert list(table.columns) == ["sparsity", *columns]
     assert table["verdict"].tolist() == ["cannot be told apart", "a > b"]
     assert table["p_holm"].iloc[1] == pytest.approx(2 * table["p"].iloc[1])
+
+
+def test_only_the_comparisons_asked_for_are_corrected():
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 1, 6)
+    arms = {"a": base, "b": base + [0.9, 1.3, 0.2, 1.5, 0.6, 0.8], "c": base + 1, "d": -base, "e": rng.normal(0, 1, 6)}
+    frame = runs(**arms)
+    every = compare(frame)
+    assert len(every) == 10 and compare(frame, against=list(every[["a", "b"]].itertuples(index=False))).equals(every)
+    one = compare(frame, against=[("b", "d")]).iloc[0]
+    assert one["p_holm"] == one["p"] < every.set_index(["a", "b"]).p_holm["b", "d"]
+    rows = compare(frame, against="a")
+    assert rows["a"].tolist() == list("bcde") and set(rows["b"]) == {"a"}
+    mirrored = compare(frame, against=[("a", "b")]).iloc[0]
+    assert mirrored["difference"] == -rows["difference"].iloc[0] and mirrored["p"] == rows["p"].iloc[0]
+    p = np.sort(rows["p"])
+    assert np.sort(rows["p_holm"]) == pytest.approx(np.minimum(1, np.maximum.accumulate(p * [4, 3, 2, 1])))
+
+
+def test_which_arm_is_larger_needs_no_reading_of_sentences():
+    noise = np.array([0, 1, -1, 2, -2, 0.5])
+    table = compare(runs(low=noise, high=10 + noise**2, other=noise[::-1]))
+    assert table["differs"].dtype == bool and table["differs"].tolist() == [True, False, True]
+    assert table["larger"].tolist() == ["high", None, "high"]
+    numbers = compare(runs(low=noise, high=10 + noise**2).replace({"method": {"low": 1, "high": 8}}))
+    assert numbers["larger"].tolist() == [8] and numbers["verdict"].tolist() == ["8 > 1"]
+
+
+def test_arms_that_are_identical_by_construction_are_no_test():
+    noise = np.array([0, 1, -1, 2, -2, 0.5])
+    at_first = runs(a=noise, b=noise, c=noise).assign(sparsity=0.1)
+    later = runs(a=noise, b=noise + [0.3, 0.1, 0.4, 0.1, 0.5, 0.2], c=noise).assign(sparsity=0.9)
+    frame = pd.concat([at_first, later])
+    table = compare(frame, against="a", within="sparsity").set_index(["sparsity", "a"])
+    row = table.loc[0.9, "b"]
+    assert row["p_holm"] == row["p"] and row["differs"]  # the other three rows are no tests
+    same = table[table.verdict == "identical"]
+    assert len(same) == 3 and same[["p", "p_holm"]].isna().all(axis=None)
+    assert (same[["difference", "low", "high"]] == 0).all(axis=None) and not same["differs"].any()
+    # a difference of rounding is none, on any scale
+    tiny = 1e-6 * noise
+    assert compare(runs(a=tiny, b=np.nextafter(tiny, 1)))["verdict"].tolist() == ["identical"]
+
+
+# ---------------------------------------------------------------- single networks
+
+
+def two_networks(both, only_a, only_b, neither):
+    """Hits of two networks with these counts of images."""
+    pairs = [(1, 1)] * both + [(1, 0)] * only_a + [(0, 1)] * only_b + [(0, 0)] * neither
+    return torch.tensor(pairs).bool().unbind(1)
+
+
+def test_mcnemar_by_hand():
+    # 10 images that only a gets right, 2 that only b does: 2 * (C(12, 0) + C(12, 1) + C(12, 2)) / 2**12
+    a, b = two_networks(50, 10, 2, 38)
+    found = mcnemar(a, b)
+    assert found.p == pytest.approx(2 * (1 + 12 + 66) / 4096) and found.n == 100
+    assert found.difference == pytest.approx(0.08)
+    assert 0 < found.low < 0.08 < found.high < 0.2
+    assert mcnemar(b, a).p == found.p and mcnemar(b, a).difference == -found.difference
+    assert mcnemar(a, a).p == 1 and mcnemar(a, a).high == 0
+    assert mcnemar(a, b) == found and mcnemar(a.tolist(), b.numpy()) == found
+
+
+@given(st.integers(2, 10), st.integers(0, 10), st.integers(0, 10), st.integers(0, 10))
+@settings(max_examples=25, deadline=None)
+def test_images_right_in_both_or_wrong_in_both_change_the_interval_but_not_p(only_a, only_b, both, neither):
+    small = mcnemar(*two_networks(0, only_a, only_b, 0))
+    large = mcnemar(*two_networks(both, only_a, only_b, neither))
+    assert small.p == large.p and abs(large.difference) <= abs(small.difference)
+    assert large.low <= large.difference <= large.high
+
+
+def test_the_bootstrap_over_images_covers_like_the_normal_interval():
+    a, b = two_networks(500, 120, 80, 300)
+    difference = (a.float() - b.float()).numpy()
+    half = 1.96 * difference.std(ddof=1) / np.sqrt(1000)
+    found = bootstrap_images(a, b)
+    assert (found.low, found.high) == pytest.approx((0.04 - half, 0.04 + half), abs=2e-3)
+    assert found.p == pytest.approx(2 * stats.norm.sf(0.04 / (half / 1.96)), rel=0.3)
+    assert found == bootstrap_images(a, b)
+    # any number for each image: the pruned network's loss against the dense one
+    drop = bootstrap_images(a.int() - b.int(), torch.zeros(1000))
+    assert (drop.difference, drop.low, drop.high) == pytest.approx((found.difference, found.low, found.high))
+
+
+def test_images_take_the_place_of_seeds():
+    a, b = two_networks(50, 10, 2, 38)
+    rows = [("snip", 0.5, a.int().tolist()), ("random", 0.5, b.int().tolist()), ("dense", 0.5, a.int().tolist())]
+    frame = pd.DataFrame(rows, columns=["method", "sparsity", "hits"])
+    texts = frame.assign(hits=frame.hits.map(json.dumps))  # as a sweep's table holds them
+    table = by_image(texts)
+    assert list(table.columns) == ["method", "sparsity", "image", "hit"] and len(table) == 300
+    pd.testing.assert_frame_equal(table, by_image(frame.assign(hits=[a, b.numpy(), a])))
+    pd.testing.assert_frame_equal(table, by_image(frame.set_index(pd.Index([0, 0, 0]))))
+    compared = compare(table, value="hit", pair_on="image", test="mcnemar", within="sparsity", against="random")
+    expected = mcnemar(a, b)
+    for row in compared.itertuples():
+        assert (row.p, row.difference, row.low, row.high) == pytest.approx(
+            (expected.p, expected.difference, expected.low, expected.high)
+        )
+    everything = compare(table, value="hit", pair_on="image", test="mcnemar")
+    assert everything["verdict"].tolist()[1] == "identical"
+    means = summary(table, by="method", value="hit", interval="bootstrap", seed="image")
+    assert means["n"].tolist() == [100] * 3 and means["mean"].tolist() == pytest.approx([0.6, 0.52, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mcnemar([1, 0], [1]), "same images, but one has 2 and the other 1"),
+        (lambda: mcnemar([], []), "same images"),
+        (lambda: mcnemar([1, 2], [0, 1]), "0 or 1"),
+        (lambda: mcnemar([[1, 0]], [[0, 1]]), r"not values of shape \(1, 2\)"),
+        (lambda: bootstrap_images([1], [0], level=2), "level must be"),
+        (lambda: by_image(pd.DataFrame({"hits": [[1], [1, 0]]})), "rows of 1 and 2 images"),
+    ],
+)
+def test_networks_that_did_not_see_the_same_images(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -14,14 +14,18 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from pruneutils import notebook
 
+ROOT = Path(__file__).parent.parent.parent
 PARAMETERS = """
 from pathlib import Path
 import time
 import pruneutils as pu
 size = pu.notebook.size()
-seeds, seconds, budget_seconds = range(2), 0.0, None
+seeds = range(2)
+seconds = 0.0
+budget_seconds = None
 if size == "medium":
-    seeds, seconds = range(6), 0.4
+    seeds = range(6)
+    seconds = 0.4
 """
 RUN = """
 def run(seed, seconds):
@@ -48,21 +52,22 @@ def toy(tmp_path):
         cell.metadata["tags"] = [tag]
     path = tmp_path / "notebooks" / "toy.ipynb"
     path.parent.mkdir()
+    (tmp_path / "pyproject.toml").touch()
     kernel = {"language_info": {"name": "python"}}
     nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
     return path
 
 
-def start(path, *options):
-    command = [sys.executable, "-m", "pruneutils.notebook", *options, "notebooks/toy.ipynb"]
+def start(path, *options, cwd="/"):
+    command = [sys.executable, "-m", "pruneutils.notebook", *options, path]
     environment = {name: value for name, value in os.environ.items() if name != "PRUNEUTILS_SIZE"}
     return subprocess.Popen(
-        command, cwd=path.parent.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def call(path, *options):
-    process = start(path, *options)
+def call(path, *options, cwd="/"):
+    process = start(path, *options, cwd=cwd)
     told, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "unknown parameter" not in errors
@@ -79,9 +84,11 @@ def runs(path):
 
 def test_a_study_in_pieces_does_every_run_once_and_quick_size_reads_it(toy):
     before = toy.read_bytes()
-    told = call(toy, "--study", "--size", "medium", "--budget", "0.5")
+    root = toy.parent.parent
+    told = call(toy, "--study", "--size", "medium", "--budget", "0.5", cwd="/")
     assert "missing" in told and 1 <= len(records(toy)) <= 3
-    assert "missing" not in (told := call(toy, "--study", "--size", "medium")) and "done    6" in told
+    told = call(toy.relative_to(root), "--study", "--size", "medium", cwd=root)
+    assert "missing" not in told and "done    6" in told
     assert sorted(runs(toy)) == list("012345")
     assert toy.read_bytes() == before, "a study leaves the notebook alone"
     studied = json.loads((toy.parent.parent / "build" / "toy.ipynb").read_text())
@@ -108,19 +115,46 @@ def test_a_killed_study_goes_on_where_it_was(toy):
     assert sorted(set(runs(toy))) == list("012345") and len(runs(toy)) <= 7, "one run was under way, at most"
 
 
-def test_sizes_and_the_names_of_pictures(monkeypatch):
-    monkeypatch.delenv("PRUNEUTILS_IMAGES", raising=False)
+@pytest.fixture
+def no_variables(monkeypatch):
+    for variable in ("PRUNEUTILS_SIZE", "PRUNEUTILS_IMAGES", "PRUNEUTILS_RESULTS"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_sizes_are_part_of_the_names(monkeypatch, no_variables):
     for size, name in (("quick", "curve"), ("medium", "curve_medium"), ("full", "curve_full")):
         monkeypatch.setenv("PRUNEUTILS_SIZE", size)
-        assert notebook.image("curve") == Path("../images") / name
-        assert notebook.image("curve", "full") == Path("../images/curve_full")
+        assert notebook.image("curve").name == name
+        assert notebook.image("curve", "full").name == "curve_full"
+        assert notebook.store("curve") is None if size == "quick" else notebook.store("curve").name == name
     monkeypatch.setenv("PRUNEUTILS_SIZE", "ful")
     with pytest.raises(ValueError, match="'ful'; did you mean 'full'"):
         notebook.size()
 
 
-def test_says_how_to_record_what_is_not(tmp_path, monkeypatch, capsys):
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
+@pytest.mark.parametrize(
+    ("start", "root"),
+    [(ROOT, ROOT), (ROOT / "notebooks", ROOT), (ROOT / "pruneutils" / "plots", ROOT), (Path("/"), Path("/"))],
+)
+def test_the_folder_where_one_starts_decides_nothing(start, root, monkeypatch, no_variables, tmp_path):
+    monkeypatch.setenv("PRUNEUTILS_SIZE", "medium")
+    monkeypatch.chdir(start)
+    assert notebook.image("curve") == root / "build" / "curve_medium"
+    assert notebook.store("toy") == root / "results" / "toy_medium"
+    monkeypatch.setenv("PRUNEUTILS_IMAGES", str(tmp_path / "pictures"))
+    monkeypatch.setenv("PRUNEUTILS_RESULTS", str(tmp_path / "records"))
+    assert notebook.image("curve") == tmp_path / "pictures" / "curve_medium"
+    assert notebook.store("toy") == tmp_path / "records" / "toy_medium"
+
+
+def test_says_how_to_record_what_is_not(tmp_path, monkeypatch, capsys, no_variables):
+    monkeypatch.chdir(tmp_path)
     assert notebook.recorded("toy") == {}
     assert "make study NAME=toy SIZE=medium" in capsys.readouterr().out
+
+
+def test_what_is_recorded_is_found_from_everywhere_in_the_repository(monkeypatch, no_variables):
+    for start in (ROOT, ROOT / "notebooks"):
+        monkeypatch.chdir(start)
+        frame = notebook.recorded("gradual_pruning")["medium"]
+        assert (frame.status == "done").all() and frame.test_accuracy.notna().all()

@@ -13,14 +13,15 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from scipy import stats  # noqa: E402
 from torch import nn  # noqa: E402
 
 from pruneutils import plots  # noqa: E402
-from pruneutils.model_utils import layer_table, make_permanent, prunable_weights, set_masks  # noqa: E402
-from pruneutils.plots import weights as plots_weights  # noqa: E402
-from pruneutils.plots.look import percent  # noqa: E402
+from pruneutils.model_utils import layer_table, prunable_weights, set_masks  # noqa: E402
+from pruneutils.plots.look import contrast, find_style  # noqa: E402
+from pruneutils.plots.ticks import percent, spread  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,8 @@ def table(empty=("0.weight",)):
 
 
 PICTURES = {
+    "heatmap": lambda **o: plots.layer_histograms(network(), network(1), kind="heatmap", **o),
+    "differences": lambda **o: plots.differences(runs(), against="snip", **o),
     "layer_histograms": lambda **o: plots.layer_histograms(network(), network(1).state_dict(), **o),
     "ridge": lambda **o: plots.layer_histograms(network(), network(1), kind="ridge", **o),
     "layer_bars": lambda **o: plots.layer_bars(table(), **o),
@@ -84,20 +87,20 @@ def test_a_picture_returns_its_axes_in_the_style_asked_for(name):
         ax = PICTURES[name](style=style)
         ax.figure.draw_without_rendering()
         assert isinstance(ax, Axes)
-        assert matplotlib.colors.to_hex(ax.figure.get_facecolor()) == canvas
+        assert to_hex(ax.figure.get_facecolor()) == canvas
     assert len(plt.get_fignums()) == 2
     with plots.style("dark"):
-        assert matplotlib.colors.to_hex(PICTURES[name]().figure.get_facecolor()) == "#0d1117"
-    assert matplotlib.colors.to_hex(PICTURES[name]().figure.get_facecolor()) == "#ffffff"
+        assert to_hex(PICTURES[name]().figure.get_facecolor()) == "#0d1117"
+    assert to_hex(PICTURES[name]().figure.get_facecolor()) == "#ffffff"
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_drawn_into_given_axes_makes_no_figure(name):
     ax = Figure().add_subplot(projection="3d" if name == "layer_histograms" else None)
     assert PICTURES[name](ax=ax, style="dark") is ax
-    assert matplotlib.colors.to_hex(ax.get_facecolor()) == "#0d1117"
+    assert to_hex(ax.get_facecolor()) == "#0d1117"
     ax.figure.draw_without_rendering()
-    inks = {matplotlib.colors.to_hex(t.get_color()) for t in [*ax.get_xticklabels(), *ax.get_yticklabels()]}
+    inks = {to_hex(t.get_color()) for t in [*ax.get_xticklabels(), *ax.get_yticklabels()]}
     assert ax.name == "3d" or "#000000" not in inks
     assert plt.get_fignums() == []
 
@@ -132,13 +135,15 @@ def test_an_error_leaves_no_figure():
     for call, message in (
         (lambda: plots.layer_bars(table(), style="drak"), "did you mean 'dark'"),
         (lambda: plots.layer_bars(table().drop(columns="kept")), "no column 'kept'"),
-        (lambda: plots.layer_histograms(network(), kind="4d"), "kind='4d'.*3d"),
-        (lambda: plots.layer_histograms(network(), ax=Figure().add_subplot()), "3d"),
-        (lambda: plots.accuracy_vs_sparsity(runs(), interval="std"), "interval='std'"),
+        (lambda: plots.layer_histograms(network(), kind="4d"), "unknown kind '4d'.*3d"),
+        (lambda: plots.layer_histograms(network(), kind="3d", ax=Figure().add_subplot()), 'projection="3d"'),
+        (lambda: plots.accuracy_vs_sparsity(runs(), interval="std"), "unknown interval 'std'"),
         (lambda: plots.accuracy_vs_sparsity(runs(), y="acuracy"), "did you mean 'accuracy'"),
         (lambda: plots.accuracy_vs_sparsity(runs(sparsities=(0.5, 1.0))), "below 1"),
         (lambda: plots.score_distribution({"a": torch.tensor([1, math.nan])}), "a holds values that are not finite"),
         (lambda: plots.score_distribution({}), "empty"),
+        (lambda: plots.differences(runs(), against="snap"), "unknown against 'snap'; did you mean 'snip'"),
+        (lambda: plots.differences(runs(("snip",))), "one arm"),
         (lambda: plots.mask_overlap(OVERLAP * 2), r"\[0, 1\]"),
         (lambda: plots.sparsity_heatmap({"a": pd.concat([table(), table()])}), "more than once"),
     ):
@@ -160,6 +165,29 @@ def test_colours_do_not_depend_on_the_order_or_the_company_of_known_methods():
     assert list(numbers) == [1, 4, 8] and len({look["color"] for look in numbers.values()}) == 3
 
 
+@pytest.mark.parametrize("name", ["light", "dark"])
+def test_everything_stands_out_from_the_canvas(name):
+    style = find_style(name)
+    assert contrast("black", "white") == contrast("white", "black") == pytest.approx(21)
+    for ink in (style.text, style.muted, style.alarm, style.tie):
+        assert contrast(ink, style.canvas) >= 4.5, ink
+    ordered = [color for n in (1, 2, 8, 60) for color in style.ordered(n)]
+    for line in (*style.methods, *ordered):
+        assert contrast(line, style.canvas) >= 3, line
+    assert len({tuple(color) for color in style.ordered(60)}) == 60
+
+
+def test_numbers_in_cells_stand_out_from_their_colour():
+    grid = pd.DataFrame(np.linspace(0, 1, 36).reshape(6, 6), range(6), range(6))
+    for ax in (plots.mask_overlap(grid), plots.sparsity_heatmap({"snip": table(), "grasp": table(())})):
+        (image,) = ax.images
+        for text in ax.texts:
+            if text.get_text() != "×":
+                column, row = text.get_position()
+                behind = image.cmap(image.norm(image.get_array()[row, column]))
+                assert contrast(text.get_color(), behind) >= 4.5
+
+
 @pytest.mark.parametrize(
     "fraction, text",
     [(0, "0 %"), (1e-6, "<0.1 %"), (0.012, "1.2 %"), (0.5, "50 %"), (0.9999, ">99.9 %"), (1, "100 %")],
@@ -168,118 +196,15 @@ def test_only_nothing_is_zero_percent_and_only_all_is_a_hundred(fraction, text):
     assert percent(fraction) == text
 
 
-# --- Layer histograms ------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 1), st.sampled_from([None, 1, 30]), st.sampled_from(["float32", "float64"]))
-def test_counts_are_numpys_on_the_weights_that_the_mask_keeps(seed, density, bins, dtype):
-    model = network(seed, (30, 40, 7)).to(getattr(torch, dtype))
-    with torch.no_grad():
-        model[0].weight[0, :3] = 0  # kept weights that happen to be zero count too
-    before = {name: weight.detach().clone() for name, weight in prunable_weights(model).items()}
-    masks = pruned(model, density)
-    for layer, (name, mask) in zip(plots.weight_histograms(model, before, bins), masks.items(), strict=True):
-        kept, all_weights = before[name][mask].numpy(), before[name].numpy()
-        assert np.array_equal(layer.counts, np.histogram(kept, layer.edges)[0])
-        assert np.array_equal(layer.before, np.histogram(all_weights, layer.edges)[0])
-        assert layer.kept == int(mask.sum()) and layer.before.sum() == layer.total == mask.numel()
-        assert (layer.counts <= layer.before).all()
-        # No bin is shifted: the inner edges divide [-limit, limit] evenly.
-        width = 2 * layer.limit / len(layer.counts)
-        assert np.allclose(
-            layer.edges[1:-1], -layer.limit + width * np.arange(1, len(layer.counts)), rtol=1e-5, atol=1e-7
-        )
-        assert len(layer.counts) == (bins or min(max(int(2.2 * math.sqrt(layer.total)), 19), 81) // 2 * 2 + 1)
-
-
-@pytest.fixture
-def ridges(monkeypatch):
-    """(vertices (n, 3), zorder) of each 3D ridge drawn: a collection does not give its vertices back unpadded."""
-    drawn, kind = [], plots_weights.Poly3DCollection
-
-    def record(outlines, **look):
-        drawn.append((np.concatenate(outlines), look["zorder"]))
-        return kind(outlines, **look)
-
-    monkeypatch.setattr(plots_weights, "Poly3DCollection", record)
-    return drawn
-
-
-@pytest.mark.parametrize("kind", ["3d", "ridge"])
-def test_what_is_drawn_are_the_counts_on_one_scale(kind, ridges):
-    model = network()
-    before = {name: weight.detach().clone() for name, weight in prunable_weights(model).items()}
-    pruned(model, 0.4)
-    ax = plots.layer_histograms(model, before, kind=kind)
-    first = plots.weight_histograms(model, before)[0]
-    if kind == "3d":
-        assert len(ridges) == 6
-        tops = [{round(float(z), 6) for z in vertices[:, 2]} - {0} for vertices, _ in ridges[:2]]
-        assert all(np.isin(vertices[:, 0], first.edges.astype(float)).all() for vertices, _ in ridges[:2])
+@given(st.floats(0, 1), st.integers(0, 3))
+def test_percentages_are_rounded_as_text_beside_them_is(fraction, decimals):
+    text, plain = percent(fraction, decimals, sign=""), f"{100 * fraction:.{decimals}f}"
+    if fraction in (0, 1):
+        assert text in ("0", "100")
+    elif float(plain) in (0, 100):
+        assert text[0] in "<>"
     else:
-        stairs = [p.get_data().values - 2 for p in ax.patches[:2]]
-        tops = [{round(float(z) / 1.35, 6) for z in values} - {0} for values in stairs]
-        assert np.allclose(ax.patches[0].get_data().edges[1:-1], first.edges[1:-1])
-    peak = first.before.max()
-    assert tops[0] == {round(n / peak, 6) for n in first.before if n}
-    assert tops[1] == {round(n / peak, 6) for n in first.counts if n}
-
-
-def test_without_a_mask_zeros_are_what_was_pruned():
-    model = network()
-    masks = pruned(model)
-    make_permanent(model)
-    assert [layer.kept for layer in plots.weight_histograms(model)] == [int(m.sum()) for m in masks.values()]
-
-
-@pytest.mark.parametrize("kind", ["3d", "ridge"])
-@pytest.mark.parametrize("before", [None, network()])
-@pytest.mark.parametrize("empty", [("2.weight",), ("0.weight", "1.weight", "2.weight")])
-def test_an_empty_layer_is_shown_as_empty(kind, before, empty):
-    model = network()
-    pruned(model, empty=empty)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ax = plots.layer_histograms(model, before, kind=kind)
-        ax.figure.canvas.draw()
-    lit = [t.get_text() for t in ax.texts if matplotlib.colors.to_hex(t.get_color()) == "#d55e00"]
-    assert len(lit) == len(empty) and all(text.split()[-2:] == ["0", "%"] for text in lit)
-
-
-def test_one_outlier_does_not_set_the_axis_and_is_still_counted():
-    model = nn.Sequential(nn.Linear(100, 100))
-    with torch.no_grad():
-        model[0].weight[3, 4] = 1000
-    (layer,) = plots.weight_histograms(model)
-    assert layer.limit < 1 and layer.kept == 10_000 and layer.counts[-1] >= 1
-    assert plots.layer_histograms(model).get_xlim()[1] < 1
-
-
-def test_before_must_name_every_layer_and_be_finite():
-    before = network().state_dict()
-    del before["1.weight"]
-    with pytest.raises(ValueError, match="before has no '1.weight'"):
-        plots.weight_histograms(network(), before)
-    before["1.weight"] = torch.full((12, 15), math.inf)
-    with pytest.raises(ValueError, match="before: 1.weight.*not finite"):
-        plots.weight_histograms(network(), before)
-    with pytest.raises(ValueError, match="bins=0"):
-        plots.weight_histograms(network(), bins=0)
-
-
-def test_many_layers_are_labelled_sparsely_but_empty_ones_always():
-    model = network(0, (8,) * 41)
-    pruned(model, 0.5, empty=("7.weight", "8.weight"))
-    labels = [t.get_text() for t in plots.layer_histograms(model).texts]
-    assert {"7  0 %", "8  0 %"} <= set(labels) and len(labels) < 25
-
-
-def test_layers_are_drawn_from_the_back_to_the_front(ridges):
-    ax = plots.layer_histograms(network(), network(1))
-    depths, orders = [vertices[0, 1] for vertices, _ in ridges], [order for _, order in ridges]
-    assert depths == [2, 2, 1, 1, 0, 0] and orders == sorted(set(orders))
-    assert not ax.computed_zorder
+        assert text == plain == f"{fraction:.{decimals}%}"[:-1]
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
@@ -299,7 +224,7 @@ def test_heat_map_has_a_cell_for_each_sparsity_and_crosses_out_what_collapsed():
     ax = plots.sparsity_heatmap(tables)
     texts = [t.get_text() for t in ax.texts]
     assert texts[0] == "×" and texts.count("×") == 1
-    expected = [f"{math.floor(1000 * s) / 10:.1f}" for t in tables.values() for s in t["sparsity"]]
+    expected = [f"{100 * s:.1f}" for t in tables.values() for s in t["sparsity"]]
     assert texts[1:] == expected[1:]
     shade = ax.images[0].get_array()
     assert shade.mask[0, 0] and shade.mask.sum() == 1
@@ -355,8 +280,8 @@ def test_several_curves_are_drawn_side_by_side_a_few_points_apart():
         assert len(caps) == 2 and np.allclose([*caps, sticks], means)
         shifts.append((means - exact) / 2)
     assert np.allclose(shifts, np.array([[-5], [0], [5]]) * np.ones(3))
-    low, high = plots.spread(ax.get_xlim())  # the limits are those of the exact places, the margins alike
-    assert np.isclose(plots.spread(0.5) - low, high - plots.spread(0.98))
+    low, high = spread(ax.get_xlim())  # the limits are those of the exact places, the margins alike
+    assert np.isclose(spread(0.5) - low, high - spread(0.98))
 
 
 def test_a_single_curve_is_drawn_where_it_is():
@@ -364,9 +289,10 @@ def test_a_single_curve_is_drawn_where_it_is():
     assert all(artist.get_transform() == bars.lines[0].axes.transData for artist in bars.get_children())
 
 
-def test_a_single_run_has_no_interval_and_says_so():
+def test_a_single_run_has_no_interval_and_nothing_is_said_of_one():
     ax = plots.accuracy_vs_sparsity(runs(seeds=1))
-    assert "no interval" in ax.get_legend().get_title().get_text()
+    assert ax.get_legend().get_title().get_text() == ""
+    assert plots.curves(runs(("snip",), seeds=1), x="sparsity", y="accuracy").get_legend() is None
     assert all(not len(s) or np.isnan(s).any() for bars in ax.containers for s in bars.lines[2][0].get_segments())
 
 
@@ -375,7 +301,40 @@ def test_the_axis_spreads_high_sparsities():
     ax.figure.draw_without_rendering()
     place = ax.transData.transform([(s, 0.5) for s in (0, 0.9, 0.99)])[:, 0]
     assert np.isclose(place[1] - place[0], place[2] - place[1])
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["99 %", "98 %", "95 %", "90 %", "50 %", "0 %"]
+    shown = {t.get_text() for t in ax.get_xticklabels()}
+    assert {"99 %", "98 %", "95 %", "90 %", "50 %", "0 %"} <= shown
+    assert ax.get_xlabel() == "sparsity (log scale of the weights kept)"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9999), min_size=1, max_size=12, unique=True), st.floats(2, 12))
+def test_ticks_of_sparsity_are_round_and_stand_apart(sparsities, inches):
+    frame = runs(("snip",), [s / 10_000 for s in sparsities], 1)
+    ax = plots.accuracy_vs_sparsity(frame, ax=Figure((inches, 3)).add_subplot())
+    ax.figure.draw_without_rendering()
+    texts = [t for t in ax.get_xticklabels() if t.get_text()]
+    assert all(len(t.get_text().rstrip(" %").lstrip("-").replace(".", "")) <= 4 for t in texts)
+    assert not any(a.get_window_extent().overlaps(b.get_window_extent()) for a, b in zip(texts, texts[1:]))
+    assert all(spread(float(t.get_text()[:-2]) / 100) <= spread(ax.get_xlim()[1]) + 1e-6 for t in texts)
+
+
+def test_percentages_on_an_axis_have_the_same_decimals():
+    ax = plots.curves(pd.DataFrame({"epoch": [1, 2, 3], "test_accuracy": [0.941, 0.9437, 0.9462]}))
+    ax.figure.draw_without_rendering()
+    texts = [t.get_text() for t in ax.get_yticklabels()]
+    assert len({len(text.partition(".")[2]) for text in texts}) == 1 and len(texts) >= 3
+
+
+def test_logarithmic_axes_say_so():
+    frame = pd.DataFrame({"n": [1, 10, 1000], "score": [1, 2, 300.0]})
+    ax = plots.curves(frame, x="n", y="score", xscale="log", yscale="log")
+    assert ax.get_xlabel() == "n (log scale)" and ax.get_ylabel() == "score (log scale)"
+    flops = plots.accuracy_vs_flops(runs(sparsities=(0, 0.5, 0.99)))
+    assert flops.get_xscale() == "log" and flops.get_xlabel() == "FLOPs (log scale)"
+    scores = plots.score_distribution(torch.arange(-5.0, 50))
+    assert "log scale" in scores.get_xlabel() and "log scale" in scores.get_ylabel()
+    with pytest.raises(ValueError, match="unknown yscale 'logit'"):
+        plots.curves(frame, x="n", y="score", yscale="logit")
 
 
 def test_rows_that_do_not_belong_together_are_refused():
@@ -401,8 +360,14 @@ def test_curves_show_when_weights_were_pruned():
     half = stats.t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
     first = band[band[:, 0] == 1][:, 1]
     assert np.isclose(first.max() - first.min(), 2 * half)
-    with pytest.raises(ValueError, match="no curve is called 'spin'.*snip"):
+    with pytest.raises(ValueError, match="unknown curve in events 'spin'; known: snip, grasp"):
         plots.curves(frame, by="method", events={"spin": [1]})
+
+
+def test_one_curve_shows_its_prunings_too():
+    frame = pd.DataFrame({"epoch": range(6), "test_accuracy": 0.9, "sparsity": [0, 0, 0.5, 0.5, 0.9, 0.9]})
+    (marks,) = [c for c in plots.curves(frame).collections if hasattr(c, "get_segments")]
+    assert [segment[0, 0] for segment in marks.get_segments()] == [2, 4]
 
 
 @settings(max_examples=50, deadline=None)
@@ -422,6 +387,50 @@ def test_flops_are_averaged_over_seeds():
     assert np.allclose(error_bars(ax)["snip"][0], np.array([0.02, 0.1, 0.5]) * 1e6 + 1.5)
 
 
+# --- Differences -----------------------------------------------------------------------------------------------------
+
+
+def drawn_differences(ax):
+    """{(colour, place): (difference, low, high, filled)} as drawn."""
+    marks = [line for line in ax.lines if line.get_marker() not in ("", "None", None)]
+    spans = {(to_hex(c.get_color()[0]), s[0, 0]): s[:, 1] for c in ax.collections for s in c.get_segments()}
+    drawn = {}
+    for mark in marks:
+        ((place, mean),) = mark.get_xydata()
+        color = to_hex(mark.get_markeredgecolor())
+        drawn[color, place] = (mean, *spans[color, place], to_hex(mark.get_markerfacecolor()) == color)
+    return drawn
+
+
+@pytest.mark.parametrize("reference, sign", [("magnitude", 1), ("snip", -1)])
+def test_differences_are_paired_with_their_interval_and_filled_where_arms_differ(reference, sign):
+    noise = np.random.default_rng(1)
+    frame = runs(sparsities=(0.5, 0.9), seeds=6)
+    frame["accuracy"] += 0.1 * frame["seed"]  # what differs between seeds is none of the comparison's business
+    frame.loc[(frame["method"] == "snip") & (frame["sparsity"] == 0.9), "accuracy"] -= 0.05
+    ax = plots.differences(frame.sample(frac=1, random_state=noise), against=reference)
+    other = {"magnitude": "snip", "snip": "magnitude"}[reference]
+    color = to_hex(plots.method_styles([reference, other])[other]["color"])
+    filled = []
+    for place, sparsity in enumerate((0.5, 0.9)):
+        cell = frame[frame["sparsity"] == sparsity].pivot(index="seed", columns="method", values="accuracy")
+        gap = sign * (cell["snip"] - cell["magnitude"])
+        low, high = stats.t.interval(0.95, 5, gap.mean(), stats.sem(gap))
+        assert drawn_differences(ax)[color, place][:3] == pytest.approx((gap.mean(), low, high))
+        filled.append(drawn_differences(ax)[color, place][3])
+    assert filled == [False, True]
+    ax.figure.draw_without_rendering()
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["50 %", "90 %"]
+    assert any("+" in t.get_text() or "−" in t.get_text() for t in ax.get_yticklabels())
+    assert "n = 6 pairs" in ax.get_legend().get_title().get_text()
+
+
+def test_differences_need_no_x_and_take_names():
+    plots.differences(runs(sparsities=(0.9,)), x=None).figure.draw_without_rendering()
+    named = runs(sparsities=(0.9,)).assign(network="VGG-16")
+    assert [t.get_text() for t in plots.differences(named, x="network").get_xticklabels()] == ["VGG-16"]
+
+
 # --- Scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -433,8 +442,10 @@ def test_zeros_are_a_bar_of_their_own_and_every_score_is_counted():
     stairs = [p.get_data() for p in ax.patches if hasattr(p, "get_data")]
     assert [int(s.values.sum()) for s in stairs] == [5, 25]
     assert all((np.diff(s.edges) > 0).all() for s in stairs)
-    texts = " ".join(t.get_text() for t in ax.texts)
-    assert "70 of 100 (70 %) are exactly zero" in texts and "95 (95 %) below" in texts
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [
+        "exactly zero: 70 of 100 (70 %)",
+        "threshold 0.001: 95 below (95 %)",
+    ]
 
 
 def test_scores_that_are_all_zero_or_all_equal_can_be_drawn():

@@ -120,7 +120,7 @@ def test_there_is_one_optimizer_and_one_learning_rate_schedule():
 def test_a_criterion_gets_its_data_and_loss_in_one_training(auto_runs):
     model, data = net(), samples()
     pu.gradual(
-        model, data, sparsities=[0.3, 0.6], epochs=2, recovery=1, criterion="snip", data=data, scope="layer",
+        model, data, sparsities=[0.3, 0.6], epochs=2, recovery=1, criterion="snip", data=iter([data]), scope="layer",
         granularity="kernel", exclude=["5"], loss_fn=nn.CrossEntropyLoss(label_smoothing=0.1), precision="auto",
     )  # fmt: skip
     assert pu.count(model[0]).pruned == round(0.6 * 4) * 9 and not pu.get_masks(model).keys() & {"5.weight"}

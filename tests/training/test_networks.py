@@ -26,7 +26,7 @@ def trainings(monkeypatch):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(networks.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(networks, "cache_folder", lambda: tmp_path)
     return tmp_path
 
 

@@ -1,0 +1,133 @@
+"""The picture of a comparison: the paired difference of each arm to a reference, with its interval."""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
+
+from .._checks import one_of
+from ..experiments.statistics import compare
+from .curves import side_by_side
+from .legends import legend_outside
+from .look import WIDTH, Style, dress, method_styles, picture
+from .tables import need
+from .ticks import Percent, RoundTicks
+
+
+@picture
+def differences(
+    frame: pd.DataFrame,
+    by: str = "method",
+    x: str | None = "sparsity",
+    y: str = "accuracy",
+    *,
+    against: Hashable | None = None,
+    pair_on: str | Sequence[str] = "seed",
+    level: float = 0.95,
+    title: str | None = None,
+    ax: Axes | None = None,
+    style: str | Style | None = None,
+    save: str | Path | None = None,
+) -> Axes:
+    """Draw how far each arm lies above or below a reference: the mean paired difference with its interval.
+
+    Pairs are runs of the same seed. Filled points differ from the reference, by the paired test of
+    `pu.statistics.compare`, corrected after Holm over all points of the picture; hollow ones cannot be told apart.
+
+    Args:
+        frame: A row a run.
+        by: The column that names the arms.
+        x: The column at whose values arms are compared one by one, such as the sparsity; None for one comparison.
+        y: The column to compare; differences of an accuracy are shown in percentage points.
+        against: The reference arm; by default the one that comes first in the frame.
+        pair_on: The column, or columns, that make two runs a pair.
+        level: The coverage of the intervals, and of the test.
+        title: The headline.
+        ax: The Axes to draw into.
+        style: "light" or "dark".
+        save: A path without suffix; writes path.png, path.svg and path_dark.png.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If a column or the reference is missing, there is one arm only, or a seed comes twice.
+
+    Example:
+        >>> import pandas as pd
+        >>> gains = {"gradual": 0.0, "instant": -0.02}
+        >>> runs = [(arm, s, seed, 0.9 + gain * s + seed * s / 100) for arm, gain in gains.items()
+        ...         for s in (0.5, 0.9) for seed in range(3)]
+        >>> frame = pd.DataFrame(runs, columns=["method", "sparsity", "seed", "accuracy"])
+        >>> pu.plots.differences(frame, against="gradual").get_ylabel()
+        'accuracy minus that of gradual (points)'
+    """
+    need(frame, by, y, *([x] if x else []))
+    arms = list(frame[by].dropna().unique())
+    reference = arms[0] if against is None else one_of("against", against, arms)
+    if x and pd.api.types.is_float_dtype(frame[x]):
+        frame = frame.assign(**{x: frame[x].round(6)})  # achieved sparsities differ in their last digits only
+    table = compare(frame, by=by, value=y, within=[x] if x else [], pair_on=pair_on, against=reference, level=level)
+    table = _from_reference(table, reference)
+    ax = ax or style.axes((WIDTH, 4.2))
+    dress(ax, style, title, grid="y")
+    places = {value: place for place, value in enumerate(sorted(table[x].unique()) if x else [None])}
+    looks = method_styles(arms, style)
+    shown = [arm for arm in looks if arm in set(table["arm"])]
+    handles = []
+    for arm, aside in zip(shown, 1.6 * side_by_side(len(shown))):
+        rows = table[table["arm"] == arm]
+        shift = ScaledTranslation(aside / 72, 0, ax.figure.dpi_scale_trans)
+        _draw_arm(ax, rows, [places[value] for value in rows[x]] if x else [0], looks[arm], style, ax.transData + shift)
+        handles.append(Line2D([], [], color=looks[arm]["color"], marker=looks[arm]["marker"], linestyle="none"))
+    ax.axhline(0, color=style.text, linewidth=1, zorder=1.5)
+    ax.set_xlim(-0.5, len(places) - 0.5)
+    ax.set_xticks(list(places.values()), _names(places, frame, x))
+    ax.set_xlabel(x.replace("_", " ") if x else "")
+    if "accuracy" in y:
+        ax.yaxis.set_major_formatter(Percent("", signed=True))
+        ax.yaxis.set_major_locator(RoundTicks())
+    name, unit = y.replace("_", " "), " (points)" if "accuracy" in y else ""
+    ax.set_ylabel(f"{name} minus that of {reference}{unit}")
+    hollow = {"color": style.muted, "linestyle": "none", "marker": "o"}
+    handles += [Line2D([], [], **hollow), Line2D([], [], markerfacecolor=style.canvas, **hollow)]
+    labels = [*map(str, shown), "differs (Holm)", "cannot be told apart"]
+    n = sorted(set(table["n"]))
+    counts = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
+    note = f"mean paired difference,\n{100 * level:g} % interval, n = {counts} pairs"
+    legend_outside(ax, style, handles, labels, note)
+    return ax
+
+
+def _from_reference(table, reference) -> pd.DataFrame:
+    """Turn all rows so that they read: arm minus reference."""
+    turned = (table["a"] == reference).to_numpy()
+    low = np.where(turned, -table["high"], table["low"])
+    high = np.where(turned, -table["low"], table["high"])
+    arm = np.where(turned, table["b"], table["a"])
+    sign = np.where(turned, -1, 1)
+    return table.assign(arm=arm, difference=sign * table["difference"], low=low, high=high)
+
+
+def _draw_arm(ax, rows, places, look, style, transform):
+    color = look["color"]
+    for place, row in zip(places, rows.itertuples()):
+        ax.update_datalim([(place, value) for value in (row.low, row.high, row.difference) if np.isfinite(value)])
+        if np.isfinite(row.low):
+            ax.vlines(place, row.low, row.high, color=color, linewidth=1.6, transform=transform)
+        face = color if row.differs else style.canvas
+        point = {"marker": look["marker"], "markerfacecolor": face, "markeredgecolor": color, "markersize": 6.5}
+        ax.plot(place, row.difference, linestyle="none", markeredgewidth=1.4, transform=transform, zorder=3, **point)
+    ax.autoscale_view()
+
+
+def _names(places, frame, x) -> list[str]:
+    """Percent for fractions, else the values as they are."""
+    values = list(places)
+    if x and pd.api.types.is_float_dtype(frame[x]) and min(values) >= 0 and max(values) <= 1:
+        return [f"{100 * value:.4g} %" for value in values]
+    return ["" if value is None else str(value) for value in values]

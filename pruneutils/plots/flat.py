@@ -1,0 +1,116 @@
+"""Histograms of many layers that stay legible: one above the other, or as rows of colours."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.transforms import ScaledTranslation
+
+from .look import Style, dress
+from .ticks import percent
+from .waterfall import outlines
+
+_OVERLAP = 1.35  # the height of a histogram, in rows: a little of it may lie on the row above
+_COLUMNS = 240  # of the heat map: more than any layer has bins
+
+
+def rows_with_names(ax: Axes, names: list[str], lit: list[int], style: Style, size: float = 8) -> list[int]:
+    """Name rows 0 (at the top) to n - 1 at the left: all of them if there is room, else every few and the lit ones.
+
+    Returns the rows named. Where some are not, the label of the axis says so.
+    """
+    n = len(names)
+    points = ax.get_window_extent().height * 72 / ax.figure.dpi / n
+    step = max(1, math.ceil(1.18 * size / points))
+    shown: list[int] = []
+    for row in [*lit, *range(0, n, step)]:
+        if all(abs(row - other) >= step for other in shown):
+            shown.append(row)
+    shown.sort()
+    ax.set_yticks(shown, [names[row] for row in shown])
+    ax.tick_params(axis="y", length=0, labelsize=size, labelcolor=style.text)
+    for row, label in zip(shown, ax.get_yticklabels()):
+        label.set_color(style.alarm if row in lit else style.text)
+    if step > 1:
+        ax.set_ylabel(f"{len(shown)} of {n} layers are named", color=style.muted)
+    return shown
+
+
+def aside(ax: Axes, points: float) -> ScaledTranslation:
+    """Return the transform that moves to the right by so many points."""
+    return ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
+
+
+def shares_at_the_right(ax: Axes, shares: dict[int, float], style: Style) -> None:
+    """Write {row: share kept} at the right of the Axes; where nothing is left it lights up."""
+    place = ax.get_yaxis_transform() + aside(ax, 6)
+    for row, share in shares.items():
+        ink = style.text if share else style.alarm
+        ax.text(1, row, percent(share), transform=place, color=ink, fontsize=8, va="center")
+
+
+def _frame(ax, layers, style, title):
+    """What both forms share: rows with names at the left and shares at the right."""
+    lit = [row for row, layer in enumerate(layers) if not layer.kept]
+    dress(ax, style, title, grid="x")
+    ax.set_ylim(len(layers) - 0.5, -0.5)
+    shown = rows_with_names(ax, [layer.layer for layer in layers], lit, style)
+    limit = max(layer.limit for layer in layers)
+    shares_at_the_right(ax, {row: layers[row].kept / layers[row].total for row in shown}, style)
+    ax.spines["left"].set_visible(False)
+    ghost = "" if layers[0].before is None else "; {}: before pruning"
+    return limit, lit, "weight value (share kept at the right" + ghost + ")"
+
+
+def ridges(ax: Axes, layers: list, style: Style, title: str) -> Axes:
+    """Draw the histograms one above the other, the first layer on top."""
+    n = len(layers)
+    limit, lit, note = _frame(ax, layers, style, title)
+    polygons, faces, inks = [], [], []
+    for row, (layer, color) in enumerate(zip(layers, style.ordered(n))):
+        edges = np.clip(layer.edges.astype(float), -layer.limit, layer.limit)
+        heights, ghost = layer.heights()
+        for values, face, ink in ((ghost, (*color[:3], 0.22), color), (heights, color, style.canvas)):
+            for outline in outlines(edges, values) if values is not None else ():
+                polygons.append(outline * (1, -_OVERLAP) + (0, row + 0.5))
+                faces.append(face)
+                inks.append(ink)
+    # One collection for all: it draws its polygons in their order, each layer over the one above.
+    ax.add_collection(
+        PolyCollection(polygons, facecolors=faces, edgecolors=inks, linewidths=0.5, zorder=2), autolim=False
+    )
+    floors = [[(-limit, row + 0.5), (limit, row + 0.5)] for row in range(n)]
+    inks = [style.alarm if row in lit else style.grid for row in range(n)]
+    ax.add_collection(LineCollection(floors, colors=inks, linewidths=0.8, zorder=1.5), autolim=False)
+    note = f"{note.format('pale')}\nheight: weights per bin, relative to the layer's fullest bin"
+    ax.set(xlim=(-limit, limit), ylim=(n - 0.4, 0.4 - _OVERLAP), xlabel=note)
+    return ax
+
+
+def heat_map(ax: Axes, layers: list, style: Style, title: str) -> Axes:
+    """Draw a row of colours for each layer, the first one on top: the stronger, the more weights are there."""
+    n = len(layers)
+    limit, lit, note = _frame(ax, layers, style, title)
+    at = (np.arange(_COLUMNS) + 0.5) * (2 * limit / _COLUMNS) - limit
+    kept, ghost = np.zeros((n, _COLUMNS)), np.zeros((n, _COLUMNS))
+    for row, layer in enumerate(layers):
+        edges = np.clip(layer.edges.astype(float), -layer.limit, layer.limit)
+        inside = abs(at) < layer.limit
+        places = np.searchsorted(edges[1:-1], at[inside], side="right")
+        heights, before = layer.heights()
+        kept[row, inside] = heights[places]
+        if before is not None:
+            ghost[row, inside] = before[places]
+    ramp = LinearSegmentedColormap.from_list("kept", [style.canvas, style.methods[0], style.text])
+    canvas, grey = np.array(to_rgb(style.canvas)), np.array(to_rgb(style.muted))
+    pale = canvas + 0.6 * ghost[..., None] * (grey - canvas)
+    share = np.minimum(1, 4 * kept)[..., None]  # where little is kept the pale colour shines through
+    image = (1 - share) * pale + share * ramp(kept)[..., :3]
+    ax.imshow(image, extent=(-limit, limit, n - 0.5, -0.5), aspect="auto", interpolation="nearest", zorder=0.5)
+    for row in lit:
+        ax.plot([-limit, limit], [row, row], color=style.alarm, linewidth=min(1.0, 120 / n))
+    note = f"{note.format('grey')}\ndarker: more weights per bin, relative to the layer's fullest bin"
+    ax.set(xlim=(-limit, limit), xlabel=note if style.name == "light" else note.replace("darker", "brighter"))
+    return ax
