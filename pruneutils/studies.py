@@ -6,7 +6,7 @@ Notebooks that ask different questions of the same runs share them here.
 import copy
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,9 @@ from .experiments.statistics import compare
 from .model_utils import Masks, accuracy, layer_table, prunable_weights, restore
 from .pruning import granularities, prune, prune_threshold, scores, sparsity_at
 from .training import backward_pruned, fit, gradual, gradual_sparsity
+from .model_utils import accuracy, layer_table, prunable_weights
+from .pruning import prune, scores, sparsity_at
+from .training import fit, gradual, gradual_sparsity
 
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
@@ -233,7 +236,9 @@ def at_initialization(criterion: str, iterations: int, compressions: list[float]
     return rows
 
 
-def evaluation_mode(network: str, mode: str, normalisation: str, batch_size: int = 128) -> dict:
+def evaluation_mode(
+    network: str, mode: str, normalisation: str, batch_size: int = 128, order: int | None = None
+) -> dict:
     """Measure a public checkpoint with running or batch statistics, normalised as trained or by (.5, .5).
 
     A published pruning study never called `model.eval()` and normalised by (.5, .5); this takes the two apart.
@@ -243,18 +248,22 @@ def evaluation_mode(network: str, mode: str, normalisation: str, batch_size: int
         mode: "running" (evaluation mode) or "batch" (training mode, whose statistics depend on the batch).
         normalisation: "as trained" (ImageNet's mean and deviation) or "half".
         batch_size: Of the evaluation.
+        order: The seed that shuffles the test images, as CIFAR-10's own files are shuffled; None leaves the images in
+            the order of the data. An image folder is read class by class, so its batches hold one class, or two.
 
     Returns:
-        The accuracy on the 10,000 test images in their order, a fraction, and the name of the data.
+        The accuracy on the 10,000 test images, a fraction, and the name of the data.
     """
     mean, std = IMAGENET_MEAN_STD if normalisation == "as trained" else ((0.5,) * 3, (0.5,) * 3)
     _, test = data.load("cifar10")
     test = replace(test, mean=mean, std=std)
+    if order is not None:
+        test = test.subset(len(test), order)
     model = models.load_weights(models.create(network), _root(None) / "checkpoints" / CHECKPOINTS[network])
     model.train(mode == "batch")
     hits = 0
     with torch.no_grad():
-        for inputs, targets in test.subset(range(len(test))).batches(batch_size, shuffle=False, augment=False):
+        for inputs, targets in test.batches(batch_size, shuffle=False, augment=False):
             hits += int((model(inputs).argmax(1) == targets).sum())
     return {"accuracy": hits / len(test), "data": test.name}
 
@@ -776,3 +785,266 @@ def tell_one_shot(dense: pd.Series, robust: pd.DataFrame, causes: pd.DataFrame, 
         f"{'; '.join(original)}. If kernels are ranked by their mean in place of their sum, and still counted in "
         f"kernels, this difference changes by {'; '.join(changes)}."
     )
+# --- Published tables and pictures, rebuilt --------------------------------------------------------------------------
+
+
+def published_grasp_table() -> pd.DataFrame:
+    """Return the tables of the published GraSP check of resnet10t, with the layers under their right names.
+
+    The original paired the masks with the names of all modules, so containers and activations came to have weights.
+
+    Returns:
+        A row per layer, in the order of the model: layer, listed_as (the name in the published tables), before, and the
+        weights left when 50, 97 and 98 % were asked for: after_50, after_97, after_98.
+
+    Example:
+        >>> from pruneutils import studies
+        >>> studies.published_grasp_table().sum(numeric_only=True).tolist()
+        [4921736, 4820397, 4820336, 98434]
+    """
+    rows = [
+        ("conv1.0", "-", 648, 324, 323, 328),
+        ("conv1.3", "conv1", 6912, 3502, 3538, 3485),
+        ("conv1.6", "conv1.0", 18432, 9340, 9252, 9163),
+        ("layer1.0.conv1", "conv1.1", 36864, 36864, 36864, 0),
+        ("layer1.0.conv2", "conv1.2", 36864, 36864, 36864, 0),
+        ("layer2.0.conv1", "conv1.3", 73728, 73728, 73728, 0),
+        ("layer2.0.conv2", "conv1.4", 147456, 147456, 147456, 0),
+        ("layer2.0.downsample.1", "conv1.5", 8192, 4159, 4079, 4123),
+        ("layer3.0.conv1", "conv1.6", 294912, 294912, 294912, 0),
+        ("layer3.0.conv2", "bn1", 589824, 589824, 589824, 0),
+        ("layer3.0.downsample.1", "act1", 32768, 16379, 16471, 16159),
+        ("layer4.0.conv1", "maxpool", 1179648, 1179648, 1179648, 0),
+        ("layer4.0.conv2", "layer1", 2359296, 2359296, 2359296, 0),
+        ("layer4.0.downsample.1", "layer1.0", 131072, 65750, 65737, 62906),
+        ("fc", "layer1.0.conv1", 5120, 2351, 2344, 2270),
+    ]
+    return pd.DataFrame(rows, columns=["layer", "listed_as", "before", "after_50", "after_97", "after_98"])
+
+
+def grasp_normaliser(
+    seed: int, classifier: str = "as created", batches: str = "one", target: float = 0.98, per_class: int = 25
+) -> dict:
+    """Measure what GraSP's threshold is in the published unit, and how far the sum that makes the unit cancels.
+
+    The published code divides the scores of resnet10t by the magnitude of their sum before it prints the threshold. The
+    scores have both signs, so the sum is a small remainder, and details decide how small it is.
+
+    Args:
+        seed: Of the weights and of the batch.
+        classifier: "as created", or "redrawn" from Xavier's normal distribution, as in the published code.
+        batches: "one" batch of all classes, or "halves" of five classes each, as in the published code.
+        target: The sparsity asked for.
+        per_class: Images of each class.
+
+    Returns:
+        `threshold` of the rule that keeps the highest S, in that unit; `remainder`, the magnitude of the sum over the
+        sum of the magnitudes; `positive`, the number of positive S; and the name of the data.
+    """
+    _checks.one_of("classifier", classifier, ("as created", "redrawn"))
+    _checks.one_of("batches", batches, ("one", "halves"))
+    train, _ = data.load("cifar10")
+    model = models.create("timm/resnet10t", num_classes=10, seed=seed)
+    if classifier == "redrawn":
+        redraw(model, seed=seed, init=lambda model: nn.init.xavier_normal_(model.fc.weight))
+    inputs, targets = train.balanced_batch(per_class, seed)
+    parts = [slice(None)] if batches == "one" else targets.argsort(stable=True).chunk(2)
+    found = scores(model, "grasp", [(inputs[part], targets[part]) for part in parts], train_mode=True, seed=seed)
+    flat = torch.cat([-score.flatten().double() for score in found.values()])
+    threshold = flat.kthvalue(len(flat) - int(len(flat) * (1 - target)) + 1).values
+    unit = flat.sum().abs()
+    return {
+        "threshold": float(threshold / (unit + 1e-10)),
+        "remainder": float(unit / flat.abs().sum()),
+        "positive": int((flat > 0).sum()),
+        "data": train.name,
+    }
+
+
+def grasp_by_differences(
+    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], temperature: float = 200.0, reach: float = 1e-8
+) -> dict[str, torch.Tensor]:
+    """Score by GraSP without a second derivative: H g is the difference of two gradients, a small step along g apart.
+
+    Args:
+        model: A network in float64; batch norm uses batch statistics.
+        batch: One (inputs, targets) pair.
+        temperature: What the outputs are divided by.
+        reach: The norm of the step: small, so that no ReLU switches on the way.
+
+    Returns:
+        {parameter name: w * (H g)}, as from `scores(model, "grasp", train_mode=True)` up to the error of the step.
+
+    Example:
+        >>> from pruneutils import studies
+        >>> model = pu.models.create("lenet300").double()
+        >>> batch = torch.rand(4, 1, 28, 28, dtype=torch.float64), torch.arange(4)
+        >>> exact = pu.scores(model, "grasp", batch, train_mode=True)["fc2.weight"]
+        >>> found = studies.grasp_by_differences(model, batch)["fc2.weight"]
+        >>> bool((found - exact).norm() < 1e-3 * exact.norm())
+        True
+    """
+    g = _gradient(_moved(model, {}, 0), batch, temperature)
+    step = reach / torch.cat([layer.flatten() for layer in g.values()]).norm()
+    ahead, behind = (_gradient(_moved(model, g, sign * step), batch, temperature) for sign in (1, -1))
+    weights = prunable_weights(model)
+    return {name: w.detach() * (ahead[name] - behind[name]) / (2 * step) for name, w in weights.items()}
+
+
+def gradient_norm_change(
+    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], masks: Mapping[str, torch.Tensor],
+    temperature: float = 200.0,
+) -> dict[str, float]:  # fmt: skip
+    """Measure how the squared gradient norm changes when weights are removed, and what GraSP's scores predict.
+
+    Args:
+        model: A network in float64, dense.
+        batch: One (inputs, targets) pair.
+        masks: True = kept; the others are removed.
+        temperature: What the outputs are divided by.
+
+    Returns:
+        The change relative to the norm before: `predicted` by the sum of the scores to first order, `shrunk` when the
+        weights shrink by a millionth (times a million), and `removed` when they go altogether.
+
+    Example:
+        >>> from pruneutils import studies
+        >>> model = pu.models.create("lenet300").double()
+        >>> batch = torch.rand(4, 1, 28, 28, dtype=torch.float64), torch.arange(4)
+        >>> masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in pu.prunable_weights(model).items()}
+        >>> studies.gradient_norm_change(model, batch, masks)["removed"]
+        0.0
+    """
+    found = scores(model, "grasp", batch, train_mode=True, temperature=temperature)
+    away = {name: -weight.detach() * ~masks[name] for name, weight in prunable_weights(model).items()}
+
+    def squared_norm(step):
+        return sum(float(g.square().sum()) for g in _gradient(_moved(model, away, step), batch, temperature).values())
+
+    before = squared_norm(0)
+    gone = sum(float(found[name][~masks[name]].sum()) for name in found)
+    return {
+        "predicted": -2 * gone / before,
+        "shrunk": (squared_norm(1e-6) / before - 1) / 1e-6,
+        "removed": squared_norm(1) / before - 1,
+    }
+
+
+def _gradient(model, batch, temperature):
+    weights = prunable_weights(model)
+    loss = F.cross_entropy(model(batch[0]) / temperature, batch[1])
+    return dict(zip(weights, torch.autograd.grad(loss, weights.values()), strict=True))
+
+
+def _moved(model, direction, step):
+    """Return a copy in training mode, its weights moved by `step` times `direction`."""
+    result = copy.deepcopy(model).train()
+    with torch.no_grad():
+        for name, weight in prunable_weights(result).items():
+            weight += step * direction[name] if name in direction else 0
+    return result
+
+
+def published_vgg16_table() -> pd.DataFrame:
+    """Return the published fraction of each VGG-16 layer's weights that five criteria keep at compression 0.5.
+
+    The original lists the multiply-accumulates that are left of each layer; over those of the dense layer they give the
+    density. Its networks are pruned before training, but for magnitude, whose network is trained for 200 epochs first.
+
+    Returns:
+        A row per layer: layer, listed_as (the published name), and a column of fractions for each criterion.
+
+    Example:
+        >>> from pruneutils import studies
+        >>> studies.published_vgg16_table().set_index("layer").loc["features.28"].drop("listed_as").map("{:.3f}".format)
+        random       0.316
+        magnitude    0.121
+        snip         0.246
+        grasp        0.262
+        synflow      0.210
+        Name: features.28, dtype: str
+    """
+    rows = [
+        (0, 0, 1769472, 541695, 1501183, 1704960, 985088, 1765376),
+        (1, 2, 37748736, 11867135, 27796479, 29917183, 18281471, 37137408),
+        (3, 5, 18874368, 5992704, 14198528, 12952831, 8534271, 18300928),
+        (4, 7, 37748736, 11856127, 28079361, 20818944, 15328512, 35502079),
+        (6, 10, 18874368, 5943296, 14003136, 9233535, 7212287, 16645631),
+        (7, 12, 37748736, 11949055, 27708608, 14927487, 13233983, 28944256),
+        (8, 14, 37748736, 11956288, 27095935, 16215359, 14178047, 28932671),
+        (10, 17, 18874368, 5974976, 13638895, 7740864, 6951488, 10316815),
+        (11, 19, 37748736, 11935391, 20104512, 11484336, 12541855, 8774719),
+        (12, 21, 37748736, 11964463, 8695023, 12011791, 13159455, 8783952),
+        (14, 24, 9437184, 2980576, 1030796, 3001123, 2925716, 1995555),
+        (15, 26, 9437184, 2982560, 749572, 2290064, 2429731, 1996460),
+        (16, 28, 9437184, 2982684, 1139607, 2320448, 2471884, 1982292),
+        (None, None, 5120, 1620, 2201, 4572, 2810, 5107),
+    ]
+    criteria = ["random", "magnitude", "snip", "grasp", "synflow"]
+    table = pd.DataFrame(
+        [[left / dense for left in kept] for _, _, dense, *kept in rows], columns=criteria
+    )  # fmt: skip
+    table.insert(0, "layer", ["linear" if ours is None else f"features.{ours}" for _, ours, *_ in rows])
+    table.insert(1, "listed_as", ["fc" if theirs is None else f"layers.{theirs}.conv" for theirs, *_ in rows])
+    return table
+
+
+def histograms_as_published(weights: Mapping[str, torch.Tensor], bins: int = 50) -> list[tuple]:
+    """Count weights as the published 3D histograms of VGG-16 did, faults included.
+
+    They took every weight, pruned or not; gave each layer its own bins from its smallest to its largest weight; divided
+    the counts by their sum; and drew the bars 0.25 to the right of the bins, the classifier first.
+
+    Args:
+        weights: {parameter name: tensor}, the classifier last.
+        bins: Of each layer.
+
+    Returns:
+        (layer, edges where the bars were drawn, heights) in the order of the picture.
+
+    Example:
+        >>> from pruneutils import studies
+        >>> weights = {"first.weight": torch.tensor([-1.0, 0.0, 1.0]), "fc.weight": torch.tensor([0.0, 1.0])}
+        >>> for layer, edges, heights in studies.histograms_as_published(weights, bins=2):
+        ...     print(layer, edges, heights.round(2))
+        fc [0.25 0.75 1.25] [0.5 0.5]
+        first [-0.75  0.25  1.25] [0.33 0.67]
+    """
+    rows = []
+    for name, weight in weights.items():
+        counts, edges = np.histogram(weight.detach().cpu().flatten().numpy(), bins)
+        rows.append((name.removesuffix(".weight"), edges + 0.25, counts / counts.sum()))
+    return [rows[-1], *rows[:-1]]
+
+
+def accuracy_in_training_mode(
+    model: nn.Module, images: Images, batch_size: int = 128, order: int | None = None
+) -> float:
+    """Measure the accuracy of a network that was left in training mode, and leave the traces that this leaves.
+
+    Batch norm uses the statistics of each batch, so the answer to an image depends on its neighbours, and the running
+    statistics move towards those of the images.
+
+    Args:
+        model: Any classifier; it is in training mode afterwards.
+        images: What the accuracy is measured on.
+        batch_size: Images of a batch.
+        order: The seed that shuffles the images; None leaves them in their order.
+
+    Returns:
+        The accuracy, a float in [0, 1].
+
+    Example:
+        >>> from pruneutils import studies
+        >>> train, test = pu.data.load("digits")
+        >>> model = pu.models.create("lenet300")  # no batch norm: the mode makes no difference
+        >>> studies.accuracy_in_training_mode(model, test) == pu.accuracy(model, test)
+        True
+    """
+    shown = images if order is None else images.subset(len(images), order)
+    model.train()
+    with torch.no_grad():
+        hits = [
+            int((model(x).argmax(1) == y).sum()) for x, y in shown.batches(batch_size, shuffle=False, augment=False)
+        ]
+    return sum(hits) / len(images)
