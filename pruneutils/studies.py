@@ -610,6 +610,12 @@ def train_pruned_grid(
     return grid
 
 
+def after_equal_epochs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Select the measurements of `train_pruned` after equally many epochs in all, a row per run."""
+    epochs = runs.epochs[runs.method == "random"].iloc[0]
+    return runs[runs.pre_epochs + runs.epoch == epochs]
+
+
 QUESTIONS = {
     "is it better than random?": [(method, "random") for method in ("magnitude", "snip", "grasp", "synflow")],
     "does it reach magnitude pruning after training?": [
@@ -647,6 +653,30 @@ def in_words(row: pd.Series) -> str:
     other = row["b"] if row["a"] != "as scored" else {"inverted": "its own inverse"}.get(row["b"], f"itself {row['b']}")
     difference = f"{100 * row['difference']:+.1f} points, {100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
     return f"{name} {told} {other} ({difference})"
+
+
+def headline(runs: pd.DataFrame) -> str:
+    """Say in a few sentences what happened at a density of 10 %: accuracies, random pruning, the controls that fail.
+
+    Args:
+        runs: One row per run, from `after_equal_epochs`.
+
+    Returns:
+        Markdown.
+    """
+    chosen = runs[(runs.control == "none") & runs.compression.isin([0, 1])]
+    means = 100 * chosen.groupby("method").accuracy.mean().sort_values(ascending=False)
+    epochs, seeds = runs.epochs[runs.method == "random"].iloc[0], chosen.seed.nunique()
+    told = f"**With 10 % of the weights, after {epochs} epochs on {runs.data.iloc[0]}** (mean of {seeds} seeds): "
+    told += ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items()) + ".\n\n"
+    rows = answers(chosen, "is it better than random?")
+    told += "**Against random pruning:** " + "; ".join(in_words(row) for _, row in rows.iterrows()) + "."
+    if runs.control.nunique() > 1:
+        rows = answers(runs, "is it the weights, or how many in each layer?")
+        failed = [in_words(row) for _, row in rows.iterrows() if row["larger"] != "as scored"]
+        told += f"\n\n**Controls:** {len(rows) - len(failed)} of {len(rows)} are passed. "
+        told += "Not passed: " + "; ".join(failed) + "." if failed else ""
+    return told
 
 
 def until_collapse(method: str, seed: int, zero_biases: bool = False, per_class: int = 10) -> list[dict]:
