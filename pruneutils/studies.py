@@ -651,8 +651,7 @@ def in_words(row: pd.Series) -> str:
         told = "beats" if row["larger"] == row["a"] else "loses to"
     name = row["method"] if row["a"] == "as scored" else row["a"]
     other = row["b"] if row["a"] != "as scored" else {"inverted": "its own inverse"}.get(row["b"], f"itself {row['b']}")
-    difference = f"{100 * row['difference']:+.1f} points, {100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
-    return f"{name} {told} {other} ({difference})"
+    return f"{name} {told} {other} ({_points(row)})"
 
 
 def headline(runs: pd.DataFrame) -> str:
@@ -669,6 +668,8 @@ def headline(runs: pd.DataFrame) -> str:
     epochs, seeds = runs.epochs[runs.method == "random"].iloc[0], chosen.seed.nunique()
     told = f"**With 10 % of the weights, after {epochs} epochs on {runs.data.iloc[0]}** (mean of {seeds} seeds): "
     told += ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items()) + ".\n\n"
+    if seeds < ENOUGH_SEEDS:
+        return told + f"{seeds} of {ENOUGH_SEEDS} seeds give no verdict."
     rows = answers(chosen, "is it better than random?")
     told += "**Against random pruning:** " + "; ".join(in_words(row) for _, row in rows.iterrows()) + "."
     if runs.control.nunique() > 1:
