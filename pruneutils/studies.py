@@ -19,7 +19,7 @@ from torch import nn
 from . import _checks, data, models
 from ._files import repository
 from .checkpoints import load, save
-from .controls import redraw
+from .controls import inverted, redraw, shuffle_masks
 from .costs import cost, cost_table
 from .data import IMAGENET_MEAN_STD, Images
 from .data.datasets import _root
@@ -29,6 +29,8 @@ from .pruning import granularities, prune, prune_threshold, scores, sparsity_at
 from .training import backward_pruned, fit, gradual, gradual_sparsity
 from .model_utils import accuracy, layer_table, prunable_weights
 from .pruning import prune, scores, sparsity_at
+from .model_utils import accuracy, count, layer_table, prunable_weights, set_masks
+from .pruning import LayerCollapseWarning, TiedScoresWarning, prune, scores, sparsity_at
 from .training import fit, gradual, gradual_sparsity
 
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
@@ -177,6 +179,8 @@ def prune_adapted_grid(seeds: Sequence[int], targets: Sequence[float] = (0.95, 0
 
 # --- Before training -------------------------------------------------------------------------------------------------
 
+AS_PUBLISHED = ", as published"
+
 
 def vgg16_as_published(seed: int) -> nn.Module:
     """Create VGG-16 without batch norm with the random numbers of the published comparison (its seed is 1).
@@ -196,40 +200,49 @@ def vgg16_as_published(seed: int) -> nn.Module:
     return redraw(models.create("vgg16"), seed=seed, init=draw)
 
 
-def at_initialization(criterion: str, iterations: int, compressions: list[float], seed: int) -> list[dict]:
+def at_initialization(
+    criterion: str, iterations: int, compressions: list[float], seed: int, dataset: str = "cifar10"
+) -> list[dict]:
     """Prune VGG-16 before training, at several compressions, and count what is left of every layer.
 
     As published: 100 random training images with crops and mirror images for the criteria that look at data, evaluation
     mode, all layers competing. The images are those of `data.load("cifar10")`, which may be JPEG files.
 
     Args:
-        criterion: A criterion's name.
+        criterion: A criterion's name, alone or with ", as published": then all weights that tie with the last one to go
+            go too, and "grasp" takes its two gradients from different crops, see `grasp_of_two`.
         iterations: In how many exponential steps to prune.
         compressions: Each leaves a density of 10 ** -compression.
         seed: Of the weights and the images.
+        dataset: "cifar10", or "digits", which are padded to 32 x 32 pixels and copied into three channels.
 
     Returns:
         A row per compression and layer: kept and total weights, dense and sparse MACs, and `mac_density` of the whole.
     """
-    train, _ = data.load("cifar10")
-    train = replace(train, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262))
-    batch = next(iter(train.subset(100, seed).batches(100, generator=torch.Generator().manual_seed(seed))))
+    train = in_colour(dataset)
+    some, generator = train.subset(100, seed), torch.Generator().manual_seed(seed)
+    batch = next(iter(some.batches(100, generator=generator)))
     dense = vgg16_as_published(seed)
     options = {"data": batch, "seed": seed}
-    once = scores(dense, criterion, **options) if iterations == 1 else None
+    name = criterion.removesuffix(AS_PUBLISHED)
+    if criterion == "grasp" + AS_PUBLISHED:
+        name, options["data"] = grasp_of_two, [batch, next(iter(some.batches(100, generator=generator)))]
+    once = scores(dense, name, **options) if iterations == 1 else None
     rows = []
     for compression in compressions:
         model = copy.deepcopy(dense)
         with warnings.catch_warnings(action="ignore"):  # empty layers are counted
-            if iterations == 1:
+            if criterion.endswith(AS_PUBLISHED):
+                set_masks(model, above_threshold(once, 1 - 10**-compression))
+            elif iterations == 1:
                 prune(model, lambda model, data: once, 1 - 10**-compression)
             else:
-                prune(model, criterion, 1 - 10**-compression, iterations=iterations, **options)
+                prune(model, name, 1 - 10**-compression, iterations=iterations, **options)
         left, whole = cost_table(model, batch[0]), cost(model, batch[0])
         kept = layer_table(model)
-        for layer, count in zip(left.itertuples(), kept.itertuples(), strict=True):
+        for layer, weights in zip(left.itertuples(), kept.itertuples(), strict=True):
             rows.append({
-                "compression": compression, "layer": layer.layer, "total": count.total, "kept": count.kept,
+                "compression": compression, "layer": layer.layer, "total": weights.total, "kept": weights.kept,
                 "macs": layer.macs, "sparse_macs": layer.sparse_macs, "mac_density": whole.mac_density,
                 "data": train.name,
             })  # fmt: skip
@@ -239,6 +252,52 @@ def at_initialization(criterion: str, iterations: int, compressions: list[float]
 def evaluation_mode(
     network: str, mode: str, normalisation: str, batch_size: int = 128, order: int | None = None
 ) -> dict:
+def in_colour(dataset: str) -> Images:
+    """Load training images of 32 x 32 pixels in three channels, CIFAR-10 with the published normalisation."""
+    train, _ = data.load(dataset)
+    if dataset == "cifar10":
+        return replace(train, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262))
+    images = nn.functional.pad(train.images, (2, 2, 2, 2)).expand(-1, 3, -1, -1)
+    return replace(train, images=images, mean=train.mean * 3, std=train.std * 3)
+
+
+def above_threshold(scores: dict[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
+    """Keep what scores above a threshold, as the published code does: of tied scores none stays.
+
+    Args:
+        scores: {parameter name: scores}.
+        sparsity: The threshold is the score of the last weight of this fraction; more go where scores tie with it.
+
+    Returns:
+        {parameter name: bool tensor}, True = kept.
+    """
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    threshold = flat.kthvalue(int(sparsity * len(flat))).values
+    return {name: score > threshold for name, score in scores.items()}
+
+
+def grasp_of_two(model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Score w * (H g) with the gradient g of one batch and the Hessian H of another.
+
+    GraSP wants both of the same images. The published code reads its images twice, and its loader crops and mirrors
+    them anew each time.
+
+    Args:
+        model: The network.
+        batches: Two (inputs, targets) pairs: for g, and for H.
+
+    Returns:
+        {parameter name: scores}, higher = keep.
+    """
+    weights = prunable_weights(model)
+    of_one, of_other = (nn.functional.cross_entropy(model(inputs) / 200, targets) for inputs, targets in batches)
+    g = torch.autograd.grad(of_one, weights.values())
+    graph = torch.autograd.grad(of_other, weights.values(), create_graph=True)
+    hg = torch.autograd.grad(graph, weights.values(), grad_outputs=g)
+    return {name: weight * h for (name, weight), h in zip(weights.items(), hg, strict=True)}
+
+
+def evaluation_mode(network: str, mode: str, normalisation: str, batch_size: int = 128) -> dict:
     """Measure a public checkpoint with running or batch statistics, normalised as trained or by (.5, .5).
 
     A published pruning study never called `model.eval()` and normalised by (.5, .5); this takes the two apart.
@@ -1048,3 +1107,217 @@ def accuracy_in_training_mode(
             int((model(x).argmax(1) == y).sum()) for x, y in shown.batches(batch_size, shuffle=False, augment=False)
         ]
     return sum(hits) / len(images)
+# --- Before training, and then trained -------------------------------------------------------------------------------
+
+
+def train_pruned(
+    method: str, compression: float, control: str, seed: int, *, iterations: int = 1, pre_epochs: int = 0,
+    epochs: int = 30, network: str = "fc", dataset: str = "mnist", lr: float = 1e-3, batch_size: int = 256,
+    test_every: int = 10, precision: str = "float32", device: str = "cpu",
+) -> list[dict]:  # fmt: skip
+    """Prune a network at its initialisation (or after some epochs), train it, and measure it on the way.
+
+    As published: Adam with a constant learning rate, one optimizer before and after the pruning, 100 random training
+    images for the criteria that look at data. Since the learning rate is constant, a run of 30 epochs is the beginning
+    of one of 150.
+
+    Args:
+        method: A criterion's name, which further words may follow ("synflow one-shot"); or "dense".
+        compression: The density is 10 ** -compression.
+        control: "none"; "shuffled" (each mask permuted within its layer); "redrawn" (the mask on other random weights,
+            which then train for all epochs); or "inverted" (the lowest scores stay).
+        seed: Of the weights, the images, the order of the data and what the control draws.
+        iterations: In how many exponential steps to prune.
+        pre_epochs: Epochs before the pruning.
+        epochs: Epochs after it.
+        network: A name for `models.create`.
+        dataset: A name for `data.load`.
+        lr: Of Adam.
+        batch_size: Of the training.
+        test_every: Measure after every so many epochs.
+        precision: Of the training.
+        device: Where to train.
+
+    Returns:
+        A row per measurement: epoch (counted from the pruning), accuracy, sparsity, empty_layers, commonest (the share
+        of the commonest class among the test images), precision, data.
+    """
+    _checks.one_of("control", control, ("none", "shuffled", "redrawn", "inverted"))
+    train, test = data.load(dataset, device=device)
+    model = models.create(network, seed=seed).to(device)
+    settings = {"batch_size": batch_size, "precision": precision}
+    adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    if pre_epochs:
+        fit(model, train, epochs=pre_epochs, optimizer=adam, seed=seed + 1000, **settings)
+    if method != "dense":
+        criterion = method.split()[0]
+        some = train.subset(10 * len(train.classes), seed)
+        batch = next(iter(some.batches(len(some), generator=torch.Generator().manual_seed(seed))))
+        chosen = inverted(criterion) if control == "inverted" else criterion
+        with warnings.catch_warnings(action="ignore"):  # empty layers are counted
+            scored = copy.deepcopy(model)  # a control needs the weights that the method prunes
+            masks = prune(scored, chosen, 1 - 10**-compression, data=batch, iterations=iterations, seed=seed)
+        if control == "shuffled":
+            masks = shuffle_masks(masks, seed)
+        if control == "redrawn":
+            redraw(model, seed + 1000)
+            adam, epochs = torch.optim.Adam(model.parameters(), lr=lr, fused=True), epochs + pre_epochs
+        set_masks(model, masks)
+    table = fit(model, train, test, epochs, optimizer=adam, seed=seed, test_every=test_every, **settings)
+    facts = {
+        "sparsity": count(model).sparsity,
+        "empty_layers": int((layer_table(model).kept == 0).sum()),
+        "commonest": test.targets.bincount().max().item() / len(test),
+        "data": train.name,
+    }
+    measured = table.dropna(subset="test_accuracy").rename(columns={"test_accuracy": "accuracy"})
+    return [row | facts for row in measured[["epoch", "accuracy", "precision"]].to_dict("records")]
+
+
+def train_pruned_grid(
+    seeds: Sequence[int], compressions: Sequence[float], *, epochs: int, pre_epochs: int, long_epochs: int,
+    iterations: int, controlled: Sequence[str] = ("snip", "grasp", "synflow"), **common: object,
+) -> list[dict]:  # fmt: skip
+    """List the runs of `train_pruned`, compression by compression, with all arms of a seed before the next seed.
+
+    What has run when time ends is balanced: whole compressions, and of the last one whole seeds.
+
+    Args:
+        seeds: The seeds.
+        compressions: The compressions, the most important one first; the controls are run at 1.
+        epochs: Of every arm, those before the pruning included.
+        pre_epochs: Of these, how many "magnitude after training" trains before the pruning.
+        long_epochs: At a compression of 1, SynFlow and the dense network train for so many epochs.
+        iterations: Of SynFlow.
+        controlled: The methods that have to pass the controls.
+        **common: Further arguments of `train_pruned`, the same for all runs.
+
+    Returns:
+        One config per run.
+    """
+    once = {"iterations": 1, "pre_epochs": 0, "epochs": epochs}
+    later = once | {"pre_epochs": pre_epochs, "epochs": epochs - pre_epochs}
+    arms = {name: once for name in ("random", "magnitude", "snip", "grasp", "synflow", "synflow one-shot")}
+    arms |= {"synflow": once | {"iterations": iterations}, "magnitude after training": later}
+    grid = []
+    for compression in compressions:
+        for seed in seeds:
+            here = {"compression": compression, "control": "none", "seed": seed, **common}
+            longer = {"epochs": long_epochs} if compression == 1 else {}
+            grid += [
+                {"method": method, **here, **arm, **(longer if method.startswith("synflow") else {})}
+                for method, arm in arms.items()
+            ]
+            if compression != 1:
+                continue
+            grid.append({"method": "dense", **here, **once, "compression": 0, "epochs": long_epochs})
+            for method in controlled:
+                grid += [{"method": method, **here, **arms[method], "control": c} for c in ("shuffled", "redrawn")]
+                # one step: in many, the inverse would soon cut every path, and all scores would tie at zero
+                grid.append({"method": method, **here, **once, "control": "inverted"})
+    return grid
+
+
+def after_equal_epochs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Select the measurements of `train_pruned` after equally many epochs in all, a row per run."""
+    epochs = runs.epochs[runs.method == "random"].iloc[0]
+    return runs[runs.pre_epochs + runs.epoch == epochs]
+
+
+QUESTIONS = {
+    "is it better than random?": [(method, "random") for method in ("magnitude", "snip", "grasp", "synflow")],
+    "does it reach magnitude pruning after training?": [
+        (method, "magnitude after training") for method in ("magnitude", "snip", "grasp", "synflow")
+    ],
+    "do iterations help SynFlow?": [("synflow", "synflow one-shot")],
+    "is it the weights, or how many in each layer?": [("as scored", c) for c in ("shuffled", "redrawn", "inverted")],
+}
+
+
+def answers(runs: pd.DataFrame, question: str) -> pd.DataFrame:
+    """Test what one of the `QUESTIONS` asks: pairs of equal seed, corrected after Holm over this question alone.
+
+    Args:
+        runs: One row per run, from `train_pruned`, all after equally many epochs.
+        question: One of `QUESTIONS`.
+
+    Returns:
+        The table of `statistics.compare`, at each compression; for the controls, of each method at a compression of 1.
+    """
+    pairs = QUESTIONS[question]
+    if pairs[0][0] == "as scored":
+        tested = runs[(runs.compression == 1) & runs.method.isin(runs.method[runs.control != "none"])]
+        return compare(tested.replace({"control": {"none": "as scored"}}), "control", against=pairs, within="method")
+    tested = runs[(runs.control == "none") & runs.method.isin({arm for pair in pairs for arm in pair})]
+    return compare(tested, against=pairs, within="compression")
+
+
+def in_words(row: pd.Series) -> str:
+    """Say what one row of `answers` found, with the difference in percentage points and its 95 % interval."""
+    told = "cannot be told apart from"
+    if row["differs"]:
+        told = "beats" if row["larger"] == row["a"] else "loses to"
+    name = row["method"] if row["a"] == "as scored" else row["a"]
+    other = row["b"] if row["a"] != "as scored" else {"inverted": "its own inverse"}.get(row["b"], f"itself {row['b']}")
+    return f"{name} {told} {other} ({_points(row)})"
+
+
+def headline(runs: pd.DataFrame) -> str:
+    """Say in a few sentences what happened at a density of 10 %: accuracies, random pruning, the controls that fail.
+
+    Args:
+        runs: One row per run, from `after_equal_epochs`.
+
+    Returns:
+        Markdown.
+    """
+    chosen = runs[(runs.control == "none") & runs.compression.isin([0, 1])]
+    means = 100 * chosen.groupby("method").accuracy.mean().sort_values(ascending=False)
+    epochs, seeds = runs.epochs[runs.method == "random"].iloc[0], chosen.seed.nunique()
+    told = f"**With 10 % of the weights, after {epochs} epochs on {runs.data.iloc[0]}** (mean of {seeds} seeds): "
+    told += ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items()) + ".\n\n"
+    if seeds < ENOUGH_SEEDS:
+        return told + f"{seeds} of {ENOUGH_SEEDS} seeds give no verdict."
+    rows = answers(chosen, "is it better than random?")
+    told += "**Against random pruning:** " + "; ".join(in_words(row) for _, row in rows.iterrows()) + "."
+    if runs.control.nunique() > 1:
+        rows = answers(runs, "is it the weights, or how many in each layer?")
+        failed = [in_words(row) for _, row in rows.iterrows() if row["larger"] != "as scored"]
+        told += f"\n\n**Controls:** {len(rows) - len(failed)} of {len(rows)} are passed. "
+        told += "Not passed: " + "; ".join(failed) + "." if failed else ""
+    return told
+
+
+def until_collapse(method: str, seed: int, zero_biases: bool = False, per_class: int = 10) -> list[dict]:
+    """Prune the 784-100x5-10 network in steps of 0.1 in compression, until the next step would empty a layer.
+
+    Args:
+        method: A criterion's name, whose scores are taken once; or "synflow", which scores anew at each step.
+        seed: Of the weights and of the embedded digits that criteria look at.
+        zero_biases: Whether to set the biases to zero; torch draws them at random.
+        per_class: Digits of each class.
+
+    Returns:
+        A row per compression and layer: kept weights, and `flow`, the sum of the layer's SynFlow scores.
+    """
+    train, _ = data.load("digits")
+    batch, model = train.balanced_batch(per_class, seed), models.create("fc", seed=seed)
+    if zero_biases:
+        for bias in (parameter for parameter in model.parameters() if parameter.ndim == 1):
+            nn.init.zeros_(bias)
+    once = scores(model, method.split()[0], data=batch, seed=seed)
+    chosen = method if method == "synflow" else lambda model, data: once
+    rows = []
+    with warnings.catch_warnings(action="error", category=LayerCollapseWarning):
+        warnings.simplefilter("ignore", TiedScoresWarning)
+        for step in range(50):
+            try:
+                prune(model, chosen, 1 - 10 ** (-step / 10), data=batch)
+            except LayerCollapseWarning:  # raised before the model is changed
+                break
+            flows = scores(model, "synflow", data=batch)
+            for layer, flow in zip(layer_table(model).itertuples(), flows.values(), strict=True):
+                rows.append(
+                    {"compression": step / 10, "layer": layer.layer, "kept": layer.kept, "flow": float(flow.sum())}
+                )
+    return rows
