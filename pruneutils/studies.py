@@ -24,14 +24,9 @@ from .costs import cost, cost_table
 from .data import IMAGENET_MEAN_STD, Images
 from .data.datasets import _root
 from .experiments.statistics import compare
-from .model_utils import Masks, accuracy, layer_table, prunable_weights, restore
-from .pruning import granularities, prune, prune_threshold, scores, sparsity_at
+from .model_utils import Masks, accuracy, count, layer_table, prunable_weights, restore, set_masks
+from .pruning import LayerCollapseWarning, TiedScoresWarning, granularities, prune, prune_threshold, scores, sparsity_at
 from .training import backward_pruned, fit, gradual, gradual_sparsity
-from .model_utils import accuracy, layer_table, prunable_weights
-from .pruning import prune, scores, sparsity_at
-from .model_utils import accuracy, count, layer_table, prunable_weights, set_masks
-from .pruning import LayerCollapseWarning, TiedScoresWarning, prune, scores, sparsity_at
-from .training import fit, gradual, gradual_sparsity
 
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
@@ -249,9 +244,6 @@ def at_initialization(
     return rows
 
 
-def evaluation_mode(
-    network: str, mode: str, normalisation: str, batch_size: int = 128, order: int | None = None
-) -> dict:
 def in_colour(dataset: str) -> Images:
     """Load training images of 32 x 32 pixels in three channels, CIFAR-10 with the published normalisation."""
     train, _ = data.load(dataset)
@@ -297,7 +289,9 @@ def grasp_of_two(model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.T
     return {name: weight * h for (name, weight), h in zip(weights.items(), hg, strict=True)}
 
 
-def evaluation_mode(network: str, mode: str, normalisation: str, batch_size: int = 128) -> dict:
+def evaluation_mode(
+    network: str, mode: str, normalisation: str, batch_size: int = 128, order: int | None = None
+) -> dict:
     """Measure a public checkpoint with running or batch statistics, normalised as trained or by (.5, .5).
 
     A published pruning study never called `model.eval()` and normalised by (.5, .5); this takes the two apart.
@@ -844,6 +838,8 @@ def tell_one_shot(dense: pd.Series, robust: pd.DataFrame, causes: pd.DataFrame, 
         f"{'; '.join(original)}. If kernels are ranked by their mean in place of their sum, and still counted in "
         f"kernels, this difference changes by {'; '.join(changes)}."
     )
+
+
 # --- Published tables and pictures, rebuilt --------------------------------------------------------------------------
 
 
@@ -1107,6 +1103,8 @@ def accuracy_in_training_mode(
             int((model(x).argmax(1) == y).sum()) for x, y in shown.batches(batch_size, shuffle=False, augment=False)
         ]
     return sum(hits) / len(images)
+
+
 # --- Before training, and then trained -------------------------------------------------------------------------------
 
 
