@@ -36,14 +36,18 @@ def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], texts: M
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors, mapped into memory, and the texts; ValueError if the file is broken or has no checksum."""
+def read(path: str | os.PathLike, checked: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors, mapped into memory, and the texts; ValueError if the file is broken.
+
+    Without its checksum it is broken too, unless it is not `checked`, for files from elsewhere.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    if texts.get(CHECKSUM) != checksum(tensors, texts):
-        raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+    if checked or CHECKSUM in texts:
+        if texts.get(CHECKSUM) != checksum(tensors, texts):
+            raise ValueError(f"{path} is damaged: its checksum is not that of its content")
     return tensors, texts

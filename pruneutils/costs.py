@@ -1,35 +1,59 @@
 """What a model costs: parameters, multiply-accumulates (MACs) dense and sparse, bytes on disk, measured latency."""
 
-import contextlib
-import time
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
+from functools import partial
+from numbers import Real
 
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from ._checks import whole
+from ._products import Products, countable
+from ._stored import tied_names
 from ._torch import device_of, in_mode
 from .model_utils import get_masks, layer_name, layer_table, prunable_weights
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The price of a model and of one input of it; MACs as `cost` counts them."""
+    """The price of a model and of one input of it; MACs as `cost` counts them.
 
-    parameters: int  # all of them: weights, biases, normalisation
-    nonzero: int  # of these
-    prunable: int  # weights of convolution and linear layers
-    kept: int  # of these
-    macs: int  # per input, the additions of biases included
-    sparse_macs: int  # the same without the multiplications by pruned weights
-    bias_macs: int  # of both, the additions of biases
-    bytes: int  # of the state_dict, as it is
-    sparse_bytes: int  # as `save` stores it: where there is a mask, one bit a weight and the kept values
-    latency: float | None = None  # median seconds for the whole batch, if measured
-    latency_spread: float | None = None  # interquartile range of the same, in seconds
+    Args:
+        parameters: All of them: weights, biases, normalisation.
+        nonzero: How many of these are not zero.
+        prunable: The weights of the prunable layers.
+        kept: How many of these are kept, as `count` counts them.
+        macs: Per input, the additions of biases included.
+        sparse_macs: The same without the multiplications by weights that are zero.
+        bias_macs: Of both, the additions of biases.
+        bytes: Of the state_dict, tied weights once.
+        sparse_bytes: As `save` stores it: where there is a mask, one bit a weight and the kept values.
+        latency: Median seconds of a forward pass of the whole batch, if measured.
+        latency_spread: Interquartile range of the same, in seconds.
+        threads: The number of CPU threads that the latency was measured with.
+
+    Example:
+        >>> model = pu.models.create("lenet300")
+        >>> masks = pu.prune(model, "magnitude", 0.9)
+        >>> price = pu.cost(model, torch.zeros(1, 1, 28, 28))
+        >>> price.macs, price.sparse_macs, round(price.mac_density, 4)
+        (266610, 27030, 0.1014)
+    """
+
+    parameters: int
+    nonzero: int
+    prunable: int
+    kept: int
+    macs: int
+    sparse_macs: int
+    bias_macs: int
+    bytes: int
+    sparse_bytes: int
+    latency: float | None = None
+    latency_spread: float | None = None
+    threads: int | None = None
 
     @property
     def mac_density(self) -> float:
@@ -37,123 +61,134 @@ class Cost:
         return self.sparse_macs / self.macs
 
 
-def cost(model: nn.Module, inputs: torch.Tensor, *, latency: bool = False, repeats: int = 30) -> Cost:
-    """Count what `model` costs on `inputs` (N, ...), of which one is run; with `latency`, time the whole batch.
+def cost(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    *,
+    latency: bool = False,
+    threads: int = 1,
+    seconds: float = 1.0,
+) -> Cost:
+    """Count what a model costs, and measure its latency if asked; the model is left as it was.
 
     MACs are per input: half of what torch's counter gives for the matrix products and convolutions, attention and
     groups included, plus `bias_macs`, the convention of Tanaka et al. 2020's code: one per output element of a
     convolution with a bias and one per output feature of a linear layer with a bias. Normalisation, activations,
-    pooling and residual additions are free. `sparse_macs` leaves out the products with pruned weights, which dense
-    kernels compute all the same: only `latency` tells what a device gains. It is the median of `repeats` passes in eval
-    mode after a warm-up. The model is left as it was. Raises TypeError if `inputs` is not a tensor, ValueError if it
-    is empty or the model has nothing to prune.
+    pooling and residual additions are free. `sparse_macs` leaves out the products with weights that are zero, masked or
+    not. Dense kernels compute them all the same: only `latency` tells what a device gains.
+
+    Args:
+        model: Any `nn.Module` with prunable layers.
+        inputs: A batch (N, ...), of which the first is run to count, and all to measure.
+        latency: Whether to measure the time of a forward pass in eval mode.
+        threads: CPU threads while measuring; afterwards there are as many as before.
+        seconds: Measure for about this long, after a warm-up, and at least five times.
+
+    Returns:
+        A `Cost`.
+
+    Raises:
+        TypeError: If `inputs` is not a tensor.
+        ValueError: If `inputs` is empty, an option is out of its range, or the model has nothing to prune.
+
+    Example:
+        >>> model = pu.models.create("vgg16")
+        >>> pu.cost(model, torch.zeros(1, 3, 32, 32)).macs
+        313478154
+        >>> price = pu.cost(pu.models.create("lenet300"), torch.zeros(8, 1, 28, 28), latency=True, seconds=0.1)
+        >>> 0 < price.latency < 1, price.threads
+        (True, 1)
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, not {repeats!r}")
-    table, total = _count_macs(model, inputs)
-    biases = int(table["bias_macs"].sum())
+    whole("threads", threads)
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be a number above 0, not {seconds!r}")
+    table, products = _count_macs(model, inputs)
     skipped = int((table["macs"] - table["sparse_macs"]).sum())
-    parameters = list(model.parameters())
-    tensors = model.state_dict()
+    parameters, state, masks = list(model.parameters()), model.state_dict(), get_masks(model)
     saved = sum(
-        (mask.numel() - int(mask.count_nonzero())) * tensors[name].element_size() - -(-mask.numel() // 8)
-        for name, mask in get_masks(model).items()
+        (mask.numel() - int(mask.count_nonzero())) * state[name].element_size() - -(-mask.numel() // 8)
+        for name, mask in masks.items()
     )
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    median, spread = _latency(model, inputs, repeats) if latency else (None, None)
+    tied = tied_names(state, masks)
+    size = sum(tensor.numel() * tensor.element_size() for name, tensor in state.items() if name not in tied)
+    median, spread = _latency(model, inputs, threads, seconds) if latency else (None, None)
     return Cost(
         parameters=sum(p.numel() for p in parameters),
         nonzero=sum(int(p.detach().count_nonzero()) for p in parameters),
         prunable=int(table["total"].sum()),
         kept=int(table["kept"].sum()),
-        macs=total + biases,
-        sparse_macs=total + biases - skipped,
-        bias_macs=biases,
+        macs=products.total + products.biases,
+        sparse_macs=products.total + products.biases - skipped,
+        bias_macs=products.biases,
         bytes=size,
         sparse_bytes=size - saved,
         latency=median,
         latency_spread=spread,
+        threads=threads if latency else None,
     )
 
 
 def cost_table(model: nn.Module, inputs: torch.Tensor) -> pd.DataFrame:
-    """A row per prunable layer in module order: layer, shape, density, macs, sparse_macs (as in `cost`, per input).
+    """List what each prunable layer costs.
 
-    Products without a prunable weight, such as queries times keys, are in no row. Raises as `cost` does.
+    Args:
+        model: Any `nn.Module` with prunable layers.
+        inputs: A batch (N, ...), of which the first is run.
+
+    Returns:
+        A row per prunable layer in module order with the columns layer, shape, density, macs and sparse_macs (as in
+        `cost`, per input). Products without a prunable weight, such as queries times keys, are in no row.
+
+    Raises:
+        TypeError: If `inputs` is not a tensor.
+        ValueError: If `inputs` is empty or the model has nothing to prune.
+
+    Example:
+        >>> pu.cost_table(pu.models.create("lenet300"), torch.zeros(1, 1, 28, 28))
+          layer       shape  density    macs  sparse_macs
+        0   fc1  (300, 784)      1.0  235500       235500
+        1   fc2  (100, 300)      1.0   30100        30100
+        2   fc3   (10, 100)      1.0    1010         1010
     """
     table, _ = _count_macs(model, inputs)
     table["density"] = 1 - table["sparsity"]
     return table[["layer", "shape", "density", "macs", "sparse_macs"]]
 
 
-def _count_macs(model, inputs) -> tuple[pd.DataFrame, int]:
-    """The layer table with macs, sparse_macs and bias_macs, and the products of the whole model, for one input."""
+# --- Products --------------------------------------------------------------------------------------------------------
+
+
+def _count_macs(model, inputs) -> tuple[pd.DataFrame, Products]:
+    """Return the layer table with macs and sparse_macs for one input, and the products of the whole model."""
     if not torch.is_tensor(inputs):
         raise TypeError(f"inputs must be a tensor (N, ...), not {type(inputs).__name__}")
-    if len(inputs) == 0:
+    if inputs.ndim == 0 or len(inputs) == 0:
         raise ValueError("inputs is empty: one input is needed to see the shapes")
-    names = {id(weight): layer_name(name) for name, weight in prunable_weights(model).items()}
-    # a weight takes part in one product per position: an output's for a convolution, a token for a linear layer
-    positions, biases = dict.fromkeys(names.values(), 0), dict.fromkeys(names.values(), 0)
-
-    def listen(module, args, output):
-        if isinstance(module, nn.MultiheadAttention):  # calls its output projection as a function, past any hook
-            module, output = module.out_proj, output[0]
-        name = names[id(module.weight)]
-        if isinstance(module, nn.Linear):
-            positions[name] += output.numel() // module.out_features
-            added = module.out_features
-        else:
-            grid = args[0] if module.transposed else output
-            positions[name] += grid[0, 0].numel()
-            added = output[0].numel()
-        if module.bias is not None:
-            biases[name] += added
-
-    layers = [m for m in model.modules() if id(getattr(m, "weight", None)) in names]
-    layers += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    counter = FlopCounterMode(display=False)
-    hooks = [module.register_forward_hook(listen) for module in layers]
-    try:
-        with torch.no_grad(), in_mode(model, training=False), _countable(), counter:
-            model(inputs[:1].to(device_of(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    weights = prunable_weights(model)
+    products = Products(model, weights)
+    torch.clear_autocast_cache()  # under autocast, copies of the weights from before would not be known
+    with torch.no_grad(), in_mode(model, training=False), countable(), products:
+        model(inputs[:1].to(device_of(model)))
     table = layer_table(model)
-    places, added = table["layer"].map(positions), table["layer"].map(biases)
-    table["bias_macs"] = added
-    table["macs"] = table["total"] * places + added
-    table["sparse_macs"] = table["kept"] * places + added
-    return table, counter.get_total_flops() // 2
+    names = table["layer"].map({layer_name(name): name for name in weights})
+    added = names.map(products.bias_of)
+    table["macs"] = names.map(products.dense_of) + added
+    table["sparse_macs"] = names.map(products.sparse_of) + added
+    return table, products
 
 
-@contextlib.contextmanager
-def _countable() -> Iterator[None]:
-    """Attention by plain matrix products: torch's counter has no formula for the fused kernels of a CPU."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+# --- Latency ---------------------------------------------------------------------------------------------------------
 
 
-def _latency(model, inputs, repeats) -> tuple[float, float]:
-    """Median and interquartile range of the seconds of a forward pass."""
-    device = device_of(model)
-    inputs = inputs.to(device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
+def _latency(model, inputs, threads, seconds) -> tuple[float, float]:
+    """Median and interquartile range of the seconds of a forward pass of the whole batch."""
+    from torch.utils import benchmark  # takes half a second to import
+
+    run = partial(model, inputs.to(device_of(model)))
+    timer = benchmark.Timer("run()", globals={"run": run}, num_threads=threads)  # waits for a GPU by itself
     with torch.no_grad(), in_mode(model, training=False):
-        for _ in range(3 + repeats):
-            wait()
-            start = time.perf_counter()
-            model(inputs)
-            wait()
-            seconds.append(time.perf_counter() - start)
-    first, median, third = torch.tensor(seconds[3:], dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    )
-    return median.item(), (third - first).item()
+        timer.timeit(3)
+        measured = timer.blocked_autorange(min_run_time=seconds)
+        while len(measured.times) < 5:
+            (measured,) = benchmark.Measurement.merge([measured, timer.blocked_autorange(min_run_time=seconds)])
+    return measured.median, measured.iqr

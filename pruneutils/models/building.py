@@ -58,7 +58,10 @@ def create(name: str, num_classes: int = 10, seed: int = 0, **kwargs: Any) -> nn
 
 
 def list_models() -> list[str]:
-    """Return the names of this package's models; `create` knows "timm/<name>" and "torchvision/<name>" besides.
+    """Name the models of this package; `create` knows "timm/<name>" and "torchvision/<name>" besides.
+
+    Returns:
+        The names.
 
     Example:
         >>> pu.models.list_models()[:4]

@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from .. import _safetensors
 from .._checks import one_of
 
 _KEYS = ("state_dict", "model_state_dict", "model", "net")  # where checkpoints keep the weights, if not at the top
@@ -113,15 +112,18 @@ def _read(path) -> dict[str, torch.Tensor]:
     with open(path, "rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"  # eight bytes of length, then a header in JSON
     try:
-        found = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error})") from error
+        if is_safetensors:
+            found, texts = _safetensors.read(path, checked=False)
+        else:
+            found, texts = torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as error:  # damaged pickles end in almost any exception
         told = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{path} is damaged, or not a checkpoint of plain tensors, so it is not loaded "
             f"({type(error).__name__}{': ' if told else ''}{told})"
         ) from error
+    if texts.get("format") == "pruneutils":
+        raise ValueError(f"{path} holds masks too; load it with pruneutils.load(path, model)")
     if isinstance(found, dict):
         found = next((found[key] for key in _KEYS if isinstance(found.get(key), dict)), found)
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
