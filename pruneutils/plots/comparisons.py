@@ -12,6 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 from .._checks import one_of
 from ..experiments.statistics import compare
 from .curves import side_by_side
+from .flat import columns_with_names
 from .legends import legend_outside
 from .look import WIDTH, Style, dress, method_styles, picture
 from .tables import need
@@ -63,8 +64,9 @@ def differences(
         >>> runs = [(arm, s, seed, 0.9 + gain * s + seed * s / 100) for arm, gain in gains.items()
         ...         for s in (0.5, 0.9) for seed in range(3)]
         >>> frame = pd.DataFrame(runs, columns=["method", "sparsity", "seed", "accuracy"])
-        >>> pu.plots.differences(frame, against="gradual").get_ylabel()
-        'accuracy minus that of gradual (points)'
+        >>> ax = pu.plots.differences(frame, against="gradual")
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['instant', 'differs (p < 5 %, Holm)', 'cannot be told apart']
     """
     need(frame, by, y, *([x] if x else []))
     arms = list(frame[by].dropna().unique())
@@ -73,7 +75,7 @@ def differences(
         frame = frame.assign(**{x: frame[x].round(6)})  # achieved sparsities differ in their last digits only
     table = compare(frame, by=by, value=y, within=[x] if x else [], pair_on=pair_on, against=reference, level=level)
     table = _from_reference(table, reference)
-    ax = ax or style.axes((WIDTH, 4.2))
+    own, ax = ax is None, ax or style.axes((WIDTH, 4.2))
     dress(ax, style, title, grid="y")
     places = {value: place for place, value in enumerate(sorted(table[x].unique()) if x else [None])}
     looks = method_styles(arms, style)
@@ -86,20 +88,20 @@ def differences(
         handles.append(Line2D([], [], color=looks[arm]["color"], marker=looks[arm]["marker"], linestyle="none"))
     ax.axhline(0, color=style.text, linewidth=1, zorder=1.5)
     ax.set_xlim(-0.5, len(places) - 0.5)
-    ax.set_xticks(list(places.values()), _names(places, frame, x))
+    columns_with_names(ax, _names(places, frame, x))
     ax.set_xlabel(x.replace("_", " ") if x else "")
     if "accuracy" in y:
         ax.yaxis.set_major_formatter(Percent("", signed=True))
         ax.yaxis.set_major_locator(RoundTicks())
-    name, unit = y.replace("_", " "), " (points)" if "accuracy" in y else ""
-    ax.set_ylabel(f"{name} minus that of {reference}{unit}")
+    unit = "\n(percentage points)" if "accuracy" in y else ""
+    ax.set_ylabel(f"{y.replace('_', ' ')} minus that of {reference}{unit}")
     hollow = {"color": style.muted, "linestyle": "none", "marker": "o"}
     handles += [Line2D([], [], **hollow), Line2D([], [], markerfacecolor=style.canvas, **hollow)]
-    labels = [*map(str, shown), "differs (Holm)", "cannot be told apart"]
+    labels = [*map(str, shown), f"differs (p < {100 * (1 - level):.2g} %, Holm)", "cannot be told apart"]
     n = sorted(set(table["n"]))
     counts = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
     note = f"mean paired difference,\n{100 * level:g} % interval, n = {counts} pairs"
-    legend_outside(ax, style, handles, labels, note)
+    legend_outside(ax, style, handles, labels, note, own)
     return ax
 
 

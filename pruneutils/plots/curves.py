@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
 from .._checks import one_of, unknown
-from .legends import legend_outside
+from .legends import legend_outside, shrink
 from .look import WIDTH, Style, dress, method_styles, picture
 from .tables import groups_of, note_of
 from .ticks import EachPercent, Percent, RoundTicks, SparsityTicks, fractions_on_y, gather, logarithmic, spread
@@ -73,7 +73,7 @@ def accuracy_vs_sparsity(
         raise ValueError(
             f'{x} runs from {places[0]:g} to {places[-1]:g}; it must lie in [0, 1], below 1 if scale="log"'
         )
-    ax = ax or style.axes((WIDTH, 4.2))
+    own, ax = ax is None, ax or style.axes((WIDTH, 4.2))
     dress(ax, style, title, grid="both")
     label = x.replace("_", " ")
     if scale == "log":
@@ -90,7 +90,7 @@ def accuracy_vs_sparsity(
     ax.minorticks_off()
     ax.set_xlabel(label)
     _y_axis(ax, y)
-    _legend(ax, style, groups, interval, frame)
+    _legend(ax, style, groups, interval, frame, own)
     return ax
 
 
@@ -163,7 +163,7 @@ def curves(
     for name in events:
         if name not in groups:
             raise unknown("curve in events", name, groups)
-    ax = ax or style.axes((WIDTH, 4.2))
+    own, ax = ax is None, ax or style.axes((WIDTH, 4.2))
     dress(ax, style, title, grid="y")
     ax.set(xscale=xscale, yscale=yscale)
     looks = method_styles(groups, style)
@@ -182,7 +182,8 @@ def curves(
     if rows:
         ax.plot([], [], linestyle="none", marker="|", color=style.muted, markeredgewidth=2, label="pruned (above)")
         ax.set_title(ax.get_title("left"), y=1, pad=10 + 8 * len(rows), wrap=True)
-    _legend(ax, style, groups, interval, frame)
+        shrink(ax, top=8 * len(rows))
+    _legend(ax, style, groups, interval, frame, own)
     return ax
 
 
@@ -235,7 +236,7 @@ def accuracy_vs_flops(
         'FLOPs (log scale)'
     """
     groups = groups_of(frame, x, y, by, interval, at)
-    ax = ax or style.axes((WIDTH, 4.2))
+    own, ax = ax is None, ax or style.axes((WIDTH, 4.2))
     dress(ax, style, title, grid="both")
     points = pd.concat(groups.values(), ignore_index=True)
     front = points.iloc[pareto_front(points["x"], points["mean"])]
@@ -255,7 +256,7 @@ def accuracy_vs_flops(
         ax.xaxis.set_major_locator(RoundTicks())
     ax.set_xlabel(label)
     _y_axis(ax, y)
-    _legend(ax, style, groups, interval, frame)
+    _legend(ax, style, groups, interval, frame, own)
     return ax
 
 
@@ -285,11 +286,11 @@ def pareto_front(cost: Sequence[float], gain: Sequence[float]) -> list[int]:
 # --- What the curves share -------------------------------------------------------------------------------------------
 
 
-def _legend(ax, style, groups, interval, frame):
+def _legend(ax, style, groups, interval, frame, own):
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) == 1:  # the axis says what a single curve is
         handles, labels = [], []
-    legend_outside(ax, style, handles, labels, note_of(pd.concat(groups.values())["n"], interval, frame))
+    legend_outside(ax, style, handles, labels, note_of(pd.concat(groups.values())["n"], interval, frame), own)
 
 
 def side_by_side(n: int) -> np.ndarray:

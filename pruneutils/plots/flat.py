@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.transforms import ScaledTranslation
 
 from .look import Style, dress
-from .ticks import percent
+from .ticks import EM, percent
 from .waterfall import outlines
 
 _OVERLAP = 1.35  # the height of a histogram, in rows: a little of it may lie on the row above
@@ -36,6 +36,15 @@ def rows_with_names(ax: Axes, names: list[str], lit: list[int], style: Style, si
     if step > 1:
         ax.set_ylabel(f"{len(shown)} of {n} layers are named", color=style.muted)
     return shown
+
+
+def columns_with_names(ax: Axes, names: list[str]) -> None:
+    """Name columns 0 to n - 1 below the Axes, slanted where they would not have room beside each other."""
+    cell = ax.get_window_extent().width * 72 / ax.figure.dpi / len(names)  # points
+    slanted = max(map(len, names)) * EM * 8.5 + 9 > cell
+    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    step = math.ceil(12 / cell)
+    ax.set_xticks(range(0, len(names), step), names[::step], **turned)
 
 
 def aside(ax: Axes, points: float) -> ScaledTranslation:

@@ -1,6 +1,5 @@
 """Pictures of tables, layer by layer and mask by mask: densities as bars, sparsities and overlaps as matrices."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .flat import aside, rows_with_names, shares_at_the_right
+from .flat import aside, columns_with_names, rows_with_names, shares_at_the_right
 from .look import WIDTH, Style, contrast, dress, picture
 from .tables import need
 from .ticks import EachPercent, RoundTicks, percent, spread
@@ -219,11 +218,7 @@ def _ink(image, value) -> str:
 def _cell_frame(ax, rows, columns, style) -> list[int]:
     """Name rows and columns and draw lines between the cells; returns the rows named."""
     named = rows_with_names(ax, rows, [], style, size=8.5 if len(rows) <= 16 else 8)
-    cell = ax.get_window_extent().width * 72 / ax.figure.dpi / len(columns)
-    slanted = max(map(len, columns)) * 0.64 * 8.5 + 6 > cell
-    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    step = math.ceil(12 / cell)
-    ax.set_xticks(range(0, len(columns), step), columns[::step], **turned)
+    columns_with_names(ax, columns)
     ax.tick_params(axis="x", length=0, labelcolor=style.text)
     ax.spines[:].set_visible(False)
     ax.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)

@@ -9,14 +9,16 @@ from matplotlib.transforms import ScaledTranslation
 
 from .look import Style
 
-_BELOW = 36  # points from an Axes to the legend below: ticks and the label of the axis lie between
-_BESIDE = 10
+_BESIDE = 10  # points from an Axes to its legend
 
 
-def legend_outside(ax: Axes, style: Style, handles: Sequence, labels: Sequence[str], note: str = "") -> Legend | None:
+def legend_outside(
+    ax: Axes, style: Style, handles: Sequence, labels: Sequence[str], note: str = "", grow: bool = False
+) -> Legend | None:
     """Put a legend with a note as its head to the right of the Axes; below it where that would take too much width.
 
-    In a figure with a layout engine the engine makes room; elsewhere the Axes gives some of its own.
+    In a figure with a layout engine the engine makes room; elsewhere the Axes gives some of its own. With `grow` the
+    figure becomes higher by what lies below.
     """
     if not handles and not note:
         return None
@@ -29,24 +31,37 @@ def legend_outside(ax: Axes, style: Style, handles: Sequence, labels: Sequence[s
             columns = max(1, math.floor(room.width / (widest + 5 * 8.5 * ax.figure.dpi / 72)))
             options["ncols"] = min(columns, len(labels))
         options["title"] = note.replace("\n", " ") or None
-        x, y, corner = 0, -_BELOW, (0, 0)
+        x, y, corner = 0, -_below(ax), (0, 0)
     else:
         x, y, corner = _BESIDE, 0, (1, 1)
     aside = ax.transAxes + ScaledTranslation(x / 72, y / 72, ax.figure.dpi_scale_trans)
     legend = ax.legend(handles, labels, loc="upper left", bbox_to_anchor=corner, bbox_transform=aside, **options)
     legend.get_title().set_color(style.muted)
     legend.set_zorder(5)
-    if ax.figure.get_layout_engine() is None:
-        _make_room(ax, legend, right=corner == (1, 1))
+    extent, dots = legend.get_window_extent(), ax.figure.dpi / 72
+    if corner == (1, 1):
+        shrink(ax, right=extent.width / dots + _BESIDE)
+    else:
+        shrink(ax, bottom=extent.height / dots + 8)
+        if grow:
+            width, height = ax.figure.get_size_inches()
+            ax.figure.set_size_inches(width, height + (extent.height / dots + max(0, -y - 45)) / 72)
     return legend
 
 
-def _make_room(ax, legend, right):
-    """Shrink an Axes by what its legend takes."""
-    place, extent, figure = ax.get_position(), legend.get_window_extent(), ax.figure.bbox
-    if right:
-        place.x1 -= (extent.width + _BESIDE * ax.figure.dpi / 72) / figure.width
-    else:
-        place.y0 += (extent.height + (_BELOW + 8) * ax.figure.dpi / 72) / figure.height
+def _below(ax) -> float:
+    """How far below an Axes its ticks and the label of its axis end, in points, and a little more."""
+    taken = ax.xaxis.get_tightbbox()
+    return 8 + max(0, ax.bbox.y0 - taken.y0 if taken else 0) * 72 / ax.figure.dpi
+
+
+def shrink(ax: Axes, right: float = 0, top: float = 0, bottom: float = 0) -> None:
+    """Take so many points from an Axes, if its figure has no layout engine that makes room by itself."""
+    if ax.figure.get_layout_engine() is not None:
+        return
+    place, width, height = ax.get_position(), *(72 * ax.figure.get_size_inches())
+    place.x1 -= right / width
+    place.y1 -= top / height
+    place.y0 += bottom / height
     if place.width > 0.1 and place.height > 0.1:
         ax.set_position(place)

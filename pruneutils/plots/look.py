@@ -90,6 +90,9 @@ def style(name: str) -> Iterator[None]:
     Args:
         name: "light" or "dark".
 
+    Yields:
+        Nothing; the style ends with the block.
+
     Raises:
         ValueError: If there is no such style.
 

@@ -51,7 +51,7 @@ def score_distribution(
     values = np.concatenate([flat(tensor, name).numpy() for name, tensor in parts] or [np.empty(0)])
     if not values.size:
         raise ValueError("scores is empty")
-    ax = ax or style.axes((WIDTH, 4.2))
+    own, ax = ax is None, ax or style.axes((WIDTH, 4.0))
     dress(ax, style, title or "Scores", grid="y")
     size = np.abs(values[values != 0])
     zeros = values.size - size.size
@@ -89,5 +89,5 @@ def score_distribution(
     ticks |= {-(10.0**d): f"$-10^{{{d}}}$" for d in decades if negative}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.minorticks_off()
-    legend_outside(ax, style, handles, labels)
+    legend_outside(ax, style, handles, labels, grow=own)
     return ax

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 # Sparsities worth a tick, the most useful ones first.
 _SPARSITIES = (0.9, 0.99, 0.5, 0, 0.999, 0.95, 0.98, 0.8, 0.9999, 0.995, 0.7, 0.998, 0.6, 0.2, 0.4, 0.97, 0.3, 0.1)
-_EM = 0.64  # the width of a digit of DejaVu Sans, over the font size
+EM = 0.64  # the width of a digit of DejaVu Sans, over the font size
 
 
 def percent(fraction: float, decimals: int | None = None, sign: str = " %") -> str:
@@ -83,7 +83,7 @@ class _WithRoom(ticker.Locator):
         axis = self.axis
         points = axis.axes.get_window_extent().width * 72 / axis.get_figure(root=True).dpi
         size = axis.get_tick_params().get("labelsize", 8.5)
-        half = np.array([max(map(len, label.split("\n"))) for label in labels]) * _EM * float(size) / 2 / points
+        half = np.array([max(map(len, label.split("\n"))) for label in labels]) * EM * float(size) / 2 / points
         order = np.argsort(places)
         places, half = np.asarray(places)[order], half[order]
         return bool((np.diff(places) > half[1:] + half[:-1] + 9 / points).all())
