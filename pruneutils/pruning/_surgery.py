@@ -90,6 +90,8 @@ def analyse(model: nn.Module, inputs: torch.Tensor, exclude: str | Iterable[str]
             structure.protected[name] = f"{name} is excluded"
         else:
             structure.groups.append(_heads(name, module))
+    place = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    structure.groups.sort(key=lambda group: min(place[layer] for layer in group.layers))
     return structure
 
 
@@ -155,14 +157,25 @@ def _trace(model, inputs, inside) -> list[tuple[list[Part], str, bool]]:
                     if any(len(item.idxs) > 1 for item in first if item.dep.target.module is module):
                         problem = "its channels are split into halves that meet again"
                 covered.update(p.layer for p in parts if p.role == "out")
-                reads_input = any(
-                    not graph.module2node[model.get_submodule(layer)].inputs for layer in _members(model, parts)
-                )
-                found.append((parts, problem, reads_input))
+                members = [graph.module2node[model.get_submodule(layer)] for layer in _members(model, parts)]
+                found.append((parts, problem, any(_reads_input(node, names) for node in members)))
         finally:
             for p, flag in flags:
                 p.requires_grad_(flag)
     return found
+
+
+def _reads_input(node, names) -> bool:
+    """Tell whether no layer with parameters comes before this one."""
+    waiting, seen = list(node.inputs), set()
+    while waiting:
+        before = waiting.pop()
+        if before.module in names and next(before.module.parameters(), None) is not None:
+            return False
+        if before not in seen:
+            seen.add(before)
+            waiting += before.inputs
+    return True
 
 
 def _marked(outputs) -> list[torch.Tensor]:

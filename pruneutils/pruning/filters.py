@@ -12,7 +12,7 @@ from .. import _checks
 from .._torch import batches, device_of, in_mode, own_random_state
 from . import schedules
 from ._budget import QUANTITIES, Order, order_units, terms_of
-from ._slicing import cut, cuts_of, size_of
+from ._slicing import cut, kind_of_attention, size_of, tensor_cuts
 from ._surgery import Structure, analyse
 from .importance import Importance, filter_scores
 from .rebinding import rebind_optimizer
@@ -232,11 +232,11 @@ def _alone(order: Order, group, n_units: int) -> dict:
 
 def _cut_and_compare(model, kept, inputs) -> str | None:
     """Cut, and compare with the model in which the same filters give zeros; what is wrong if that differs."""
-    wanted = _outputs(lambda: torch.func.functional_call(model, _silenced(model, kept), (inputs,)), model)
+    wanted = _outputs(lambda: torch.func.functional_call(model, _silenced(model, kept), (inputs,)), model, kept)
     take_back = cut(model, kept)
     try:
         try:
-            found = _outputs(lambda: model(inputs), model)
+            found = _outputs(lambda: model(inputs), model, {})
         except Exception as error:  # a model may fail in any way once its shapes differ
             problem = f"the forward pass then fails with {type(error).__name__}: {error}"
         else:
@@ -251,37 +251,56 @@ def _cut_and_compare(model, kept, inputs) -> str | None:
 
 def _silenced(model, kept) -> dict[str, torch.Tensor]:
     """The tensors of a model in which the channels that are not kept have no effect."""
-    tensors = {}
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    for (layer, role), index in kept.items():
-        module = model.get_submodule(layer)
-        size = size_of(module, role)
-        for name, dim, along in cuts_of(module, role, index, size):
-            name = f"{layer}.{name}" if layer else name
-            if name in state:
-                tensor = tensors.setdefault(name, state[name].detach().clone())
-                gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-                gone[along.to(tensor.device)] = False
-                tensor[(slice(None),) * dim + (gone,)] = 0
+    state, tensors = dict(model.named_parameters()) | dict(model.named_buffers()), {}
+    sizes = {(layer, role): size_of(model.get_submodule(layer), role) for layer, role in kept}
+    for name, cuts in tensor_cuts(model, kept, sizes).items():
+        tensors[name] = state[name].detach().clone()
+        for dim, index in cuts:
+            gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+            gone[index] = False
+            tensors[name][(slice(None),) * dim + (gone.to(tensors[name].device),)] = 0
     return tensors
 
 
 @torch.no_grad()
-def _outputs(run, model) -> list[torch.Tensor]:
-    with in_mode(model, training=False), own_random_state(device_of(model), 0):
-        return [leaf for leaf in tree_leaves(run()) if torch.is_tensor(leaf)]
+def _outputs(run, model, kept) -> list[tuple[str, torch.Tensor]]:
+    """What every convolution and linear layer gives in turn, of its kept filters, and then what the model gives.
+
+    The outputs of the model alone would not do: those of a classifier that starts at zero are always the same.
+    """
+    outputs, hooks = [], []
+
+    def listen(layer, dim):
+        def hook(module, args, output):
+            index = kept.get((layer, "out"))
+            kept_output = output if index is None else output.index_select(dim, index.to(output.device))
+            outputs.append((f"those of {layer}", kept_output.clone()))  # an activation may overwrite it
+
+        return hook
+
+    inside = {f"{n}.{part}" for n, m in model.named_modules() if kind_of_attention(m) for part in ("qkv", "out_proj")}
+    for layer, module in model.named_modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and layer not in inside:
+            hooks.append(module.register_forward_hook(listen(layer, -1 if isinstance(module, nn.Linear) else 1)))
+    try:
+        with in_mode(model, training=False), own_random_state(device_of(model), 0):
+            final = [("the outputs", leaf) for leaf in tree_leaves(run()) if torch.is_tensor(leaf)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs + final
 
 
 def _difference(wanted, found) -> str | None:
     """What differs between two lists of outputs beyond rounding, or None."""
-    for a, b in zip(wanted, found, strict=True):
+    for (name, a), (_, b) in zip(wanted, found, strict=True):
         if a.shape != b.shape:
-            return f"the outputs would have the shape {tuple(b.shape)} instead of {tuple(a.shape)}"
-        if not a.is_floating_point():
+            return f"{name} would have the shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+        if not a.is_floating_point() or a.numel() == 0:
             continue
-        scale = torch.nan_to_num(a, 0, 0, 0).abs().max().item() if a.numel() else 0.0
+        scale = torch.nan_to_num(a, 0, 0, 0).abs().max().item()
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 5e-2) * scale + 1e-6
-        gap = torch.nan_to_num((a - b).abs(), 0).max().item() if a.numel() else 0.0
+        gap = torch.nan_to_num((a - b).abs(), 0).max().item()
         if gap > tolerance or not torch.equal(a.isfinite(), b.isfinite()):
-            return f"the outputs would change by {gap:.3g} (the largest of them is {scale:.3g})"
+            return f"{name} would change by {gap:.3g} (the largest is {scale:.3g})"
     return None

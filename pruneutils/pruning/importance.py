@@ -379,13 +379,16 @@ def _bound(importance, data, loss_fn, seed, example_inputs, options) -> tuple[Ca
     if not callable(function):
         raise TypeError(f"an importance is a name or a callable (model, data) -> scores, not {importance!r}")
     name = getattr(function, "__name__", type(function).__name__)
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    parameters = list(inspect.signature(function).parameters.values())[1:]  # without the model
     takes = [p.name for p in parameters]
     own = [t for t in takes if t not in ("data", "loss_fn", "seed", "example_inputs")]
     if foreign := sorted(set(options) - set(own)):
         raise TypeError(f"importance {name!r} has no option {', '.join(foreign)}; its own: {', '.join(own) or 'none'}")
     offered = dict(data=data, loss_fn=loss_fn or F.cross_entropy, seed=seed, example_inputs=example_inputs, **options)
     given = {key: value for key, value in offered.items() if key in takes}
+    if function not in _IMPORTANCES.values():  # a callable of the user's own gets its data by position, whatever its name
+        given.pop("data", None)
+        return lambda model: function(model, data, **given), name
     if missing := [p.name for p in parameters if p.default is p.empty and given.get(p.name) is None]:
         raise ValueError(f"importance {name!r} needs {' and '.join(missing)}")
     return lambda model: function(model, **given), name

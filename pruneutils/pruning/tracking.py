@@ -70,6 +70,6 @@ class track_importance:
             self._history.clear()
         self._history.append(scores)
 
-    def __call__(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def __call__(self, model: nn.Module, data: object = None) -> dict[str, torch.Tensor]:
         """Return {weight name: one score a filter}."""
         return averaged(list(self._history), self.alpha)
