@@ -843,16 +843,17 @@ def gaps_above_chance(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[
     return robustness_gap(above_chance(lost[lost.asked.isin(asked) & lost.arm.isin(ONE_SHOT_RULES)]), pair)
 
 
-def compare_gaps(gaps: pd.DataFrame) -> pd.DataFrame:
-    """Compare the robustness gap of every rule with that of the original rule, at each ratio.
+def compare_gaps(gaps: pd.DataFrame, against: str | list[tuple[str, str]] = "sum, by kernels") -> pd.DataFrame:
+    """Compare the robustness gap between rules at each ratio, by default that of every rule with the original one's.
 
     Args:
         gaps: The table of `gaps_above_chance`.
+        against: The rule that the others are compared with, or a list of pairs of rules.
 
     Returns:
-        A row per rule and ratio, as from `compare`, rule minus original.
+        A row per comparison, as from `compare`.
     """
-    return compare(gaps, by="arm", value="accuracy_gap", against=ONE_SHOT_RULES[0], within="asked")
+    return compare(gaps, by="arm", value="accuracy_gap", against=against, within="asked")
 
 
 def tell_one_shot(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[float]) -> str:
@@ -870,15 +871,18 @@ def tell_one_shot(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[floa
         return f"{seeds} of {ENOUGH_SEEDS} seeds have run, which gives no verdict."
     first, second = pair
     dense = frame[frame.asked == 0].groupby("network").accuracy.mean()
-    robust, changes = compare_networks(frame, pair, asked), compare_gaps(gaps_above_chance(frame, pair, asked))
-    original, means = robust[robust.arm == ONE_SHOT_RULES[0]], changes[changes.a == "mean, by kernels"]
-    under_sum = [_told_at(original, ratio, "so the {} network loses more") for ratio in asked]
-    under_mean = [_told_at(means, ratio, "which the test confirms") for ratio in asked]
+    robust, gaps = compare_networks(frame, pair, asked), gaps_above_chance(frame, pair, asked)
+    original = robust[robust.arm == ONE_SHOT_RULES[0]]
+    by_kernels = compare_gaps(gaps)
+    by_kernels = by_kernels[by_kernels.a == "mean, by kernels"]
+    by_weights = compare_gaps(gaps, [("mean, by weights", "sum, by weights")])
     return (
         f"Before pruning, the {first} network classifies {dense[first]:.1%} of the test images correctly and the "
         f"{second} one {dense[second]:.1%}. The original rule ranks kernels by their sum; the difference in accuracy "
-        f"lost, {first} minus {second}, is {'; '.join(under_sum)}. If we rank kernels by their mean and "
-        f"change nothing else, this difference changes by {'; '.join(under_mean)}."
+        f"lost, {first} minus {second}, is {_told(original, 'so the {} network loses more')}. If we rank kernels by "
+        f"their mean, this difference changes: counted in kernels, by {_told(by_kernels, 'which the test confirms')}; "
+        f"counted in weights, so that both rankings remove equally many, by "
+        f"{_told(by_weights, 'which the test confirms')}."
     )
 
 
@@ -1368,3 +1372,11 @@ def _told_at(table: pd.DataFrame, ratio: float, words: str) -> str:
         return f"not compared at {ratio:.0%}, where one of the networks is near chance"
     verdict = words.format(row.larger) if row.differs else "which cannot be told from zero"
     return f"{_points(row)} at {ratio:.0%}, {verdict}"
+def _told(table: pd.DataFrame, words: str) -> str:
+    """Say in words what a table of `compare` with one row per ratio found; `words` is for what differs."""
+    told = [
+        f"{_points(row)} at {row.asked:.0%}, "
+        + (words.format(row.larger) if row.differs else "which cannot be told from zero")
+        for row in table.itertuples()
+    ]
+    return ", and ".join(told) or "nothing that could be measured above chance"
