@@ -545,6 +545,8 @@ ONE_SHOT_ARMS = {
     "filters, per layer": {"granularity": "filter", "scope": "layer"},
 }
 
+ONE_SHOT_RULES = list(ONE_SHOT_ARMS)[:5]  # those of which the study asks a verdict, the original rule first
+
 
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
     """Return a convolution that keeps the image's size at stride 1, and its batch norm."""
@@ -810,33 +812,77 @@ def robustness_gap(lost: pd.DataFrame, pair: Sequence[str]) -> pd.DataFrame:
     return gap.sort_values("arm", key=lambda arm: arm.map(list(ONE_SHOT_ARMS).index), kind="stable")
 
 
-def tell_one_shot(dense: pd.Series, robust: pd.DataFrame, causes: pd.DataFrame, pair: Sequence[str]) -> str:
+def compare_networks(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[float]) -> pd.DataFrame:
+    """Compare the accuracy that two networks lose, under each rule for kernels that leaves both above chance.
+
+    Args:
+        frame: The finished runs of `one_shot`.
+        pair: The names of two networks.
+        asked: The ratios at which they are compared.
+
+    Returns:
+        A row per rule and ratio, as from `compare`, first network minus second.
+    """
+    lost = accuracy_lost(frame[frame.network.isin(pair)])
+    lost = above_chance(lost[lost.asked.isin(asked) & lost.arm.isin(ONE_SHOT_RULES)])
+    return compare(lost, by="network", value="lost", against=[tuple(pair)], within=["arm", "asked"])
+
+
+def gaps_above_chance(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[float]) -> pd.DataFrame:
+    """Return the robustness gap of each seed, under each rule for kernels that leaves both networks above chance.
+
+    Args:
+        frame: The finished runs of `one_shot`.
+        pair: The names of two networks.
+        asked: The ratios wanted.
+
+    Returns:
+        The table of `robustness_gap`.
+    """
+    lost = accuracy_lost(frame[frame.network.isin(pair)])
+    return robustness_gap(above_chance(lost[lost.asked.isin(asked) & lost.arm.isin(ONE_SHOT_RULES)]), pair)
+
+
+def compare_gaps(gaps: pd.DataFrame, against: str | list[tuple[str, str]] = "sum, by kernels") -> pd.DataFrame:
+    """Compare the robustness gap between rules at each ratio, by default that of every rule with the original one's.
+
+    Args:
+        gaps: The table of `gaps_above_chance`.
+        against: The rule that the others are compared with, or a list of pairs of rules.
+
+    Returns:
+        A row per comparison, as from `compare`.
+    """
+    return compare(gaps, by="arm", value="accuracy_gap", against=against, within="asked")
+
+
+def tell_one_shot(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[float]) -> str:
     """Answer in three sentences which network loses more under the original rule, and what ranking by mean changes.
 
     Args:
-        dense: The mean accuracy of each network before pruning.
-        robust: `compare` of `lost`, the first network of `pair` against the second, within arm and asked.
-        causes: `compare` of `accuracy_gap`, every arm against "sum, by kernels", within asked.
-        pair: The names of the two networks.
+        frame: The finished runs of `one_shot`.
+        pair: The names of two networks.
+        asked: The ratios of the verdicts.
 
     Returns:
         The sentences, with differences in percentage points and their 95 % intervals.
     """
+    if (seeds := frame.seed.nunique()) < ENOUGH_SEEDS:
+        return f"{seeds} of {ENOUGH_SEEDS} seeds have run, which gives no verdict."
     first, second = pair
-    original = [
-        f"the {row.larger} one loses more at {row.asked:.0%} ({_points(row)})" if row.differs
-        else f"the two cannot be told apart at {row.asked:.0%} ({_points(row)})"
-        for row in robust[robust.arm == "sum, by kernels"].itertuples()
-    ]  # fmt: skip
-    changes = [
-        f"{_points(row)} at {row.asked:.0%}" + ("" if row.differs else ", which cannot be told from zero")
-        for row in causes[causes.a == "mean, by kernels"].itertuples()
-    ]
+    dense = frame[frame.asked == 0].groupby("network").accuracy.mean()
+    robust, gaps = compare_networks(frame, pair, asked), gaps_above_chance(frame, pair, asked)
+    original = robust[robust.arm == ONE_SHOT_RULES[0]]
+    by_kernels = compare_gaps(gaps)
+    by_kernels = by_kernels[by_kernels.a == "mean, by kernels"]
+    by_weights = compare_gaps(gaps, [("mean, by weights", "sum, by weights")])
     return (
         f"Before pruning, the {first} network classifies {dense[first]:.1%} of the test images correctly and the "
-        f"{second} one {dense[second]:.1%}. Under the original rule (accuracy lost, {first} minus {second}) "
-        f"{'; '.join(original)}. If kernels are ranked by their mean in place of their sum, and still counted in "
-        f"kernels, this difference changes by {'; '.join(changes)}."
+        f"{second} one {dense[second]:.1%}. The original rule ranks kernels by their sum; the difference in accuracy "
+        f"lost, {first} minus {second}, is {_told(original, 'so the {} network loses more')}. If we rank kernels by "
+        f"their mean, this difference changes: counted in kernels, by {_told(by_kernels, 'which the test confirms')}; "
+        f"counted in weights, so that both rankings remove equally many, by "
+        f"{_told(by_weights, 'which the test confirms')}."
     )
 
 
@@ -1319,3 +1365,18 @@ def until_collapse(method: str, seed: int, zero_biases: bool = False, per_class:
                     {"compression": step / 10, "layer": layer.layer, "kept": layer.kept, "flow": float(flow.sum())}
                 )
     return rows
+def _told_at(table: pd.DataFrame, ratio: float, words: str) -> str:
+    """Say what a table of `compare` with one row per ratio found at this ratio."""
+    row = next(table[table.asked == ratio].itertuples(), None)
+    if row is None:
+        return f"not compared at {ratio:.0%}, where one of the networks is near chance"
+    verdict = words.format(row.larger) if row.differs else "which cannot be told from zero"
+    return f"{_points(row)} at {ratio:.0%}, {verdict}"
+def _told(table: pd.DataFrame, words: str) -> str:
+    """Say in words what a table of `compare` with one row per ratio found; `words` is for what differs."""
+    told = [
+        f"{_points(row)} at {row.asked:.0%}, "
+        + (words.format(row.larger) if row.differs else "which cannot be told from zero")
+        for row in table.itertuples()
+    ]
+    return ", and ".join(told) or "nothing that could be measured above chance"
