@@ -207,9 +207,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, help="default: PRUNEUTILS_SIZE, or quick")
     parser.add_argument("--output", type=Path, help="folder for the executed notebooks; default: in place")
     parser.add_argument("--show", action="store_true", help="print what the cells tagged `answer` print")
-    parser.add_argument(
-        "--study", action="store_true", help="stop after the sweep; --output: the repository's build/"
-    )
+    parser.add_argument("--study", action="store_true", help="stop after the sweep; --output: the repository's build/")
     parser.add_argument("--budget", type=float, help="with --study: start no run after so many seconds")
     arguments = parser.parse_args()
     if arguments.size:

@@ -1365,6 +1365,8 @@ def until_collapse(method: str, seed: int, zero_biases: bool = False, per_class:
                     {"compression": step / 10, "layer": layer.layer, "kept": layer.kept, "flow": float(flow.sum())}
                 )
     return rows
+
+
 def _told_at(table: pd.DataFrame, ratio: float, words: str) -> str:
     """Say what a table of `compare` with one row per ratio found at this ratio."""
     row = next(table[table.asked == ratio].itertuples(), None)
@@ -1372,6 +1374,8 @@ def _told_at(table: pd.DataFrame, ratio: float, words: str) -> str:
         return f"not compared at {ratio:.0%}, where one of the networks is near chance"
     verdict = words.format(row.larger) if row.differs else "which cannot be told from zero"
     return f"{_points(row)} at {ratio:.0%}, {verdict}"
+
+
 def _told(table: pd.DataFrame, words: str) -> str:
     """Say in words what a table of `compare` with one row per ratio found; `words` is for what differs."""
     told = [

@@ -107,9 +107,7 @@ def prune_filters(
         structure = analyse(model, inputs, exclude)
         if not structure.groups:
             raise ValueError(f"no filter can be removed: {_reasons(structure)}")
-        scores = filter_scores(
-            model, importance, data, example_inputs=inputs, loss_fn=loss_fn, seed=seed, **options
-        )
+        scores = filter_scores(model, importance, data, example_inputs=inputs, loss_fn=loss_fn, seed=seed, **options)
         order = order_units(model, structure.groups, scores, min_density)
         terms = terms_of(model, structure.groups, of, inputs)
         present = order.amount(terms, 0)
@@ -172,7 +170,9 @@ def _inputs(model, example_inputs, data) -> torch.Tensor:
     """Inputs to run the model on."""
     if example_inputs is None:
         if data is None:
-            raise ValueError("prune_filters needs example_inputs (N, ...): it runs the model to see what depends on what")
+            raise ValueError(
+                "prune_filters needs example_inputs (N, ...): it runs the model to see what depends on what"
+            )
         example_inputs = next(iter(batches(data)))[0][:2]
     if not torch.is_tensor(example_inputs) or len(example_inputs) == 0:
         raise TypeError(f"example_inputs must be a tensor (N, ...) with N of at least 1, not {example_inputs!r:.80}")

@@ -208,7 +208,9 @@ def reconstruct(
                     y = y if len(rows[name]) == y.shape[-1] else y[..., rows[name]]
                     sums = add(sums, module, x, y.to(x.device), fit_bias)
                 if not (torch.isfinite(sums.xx).all() and torch.isfinite(sums.xy).all()):
-                    raise ValueError(f"{layer_name(name)}: its inputs or the outputs of the dense layer are NaN or infinite")
+                    raise ValueError(
+                        f"{layer_name(name)}: its inputs or the outputs of the dense layer are NaN or infinite"
+                    )
                 keep = masks[name] if name in masks else module.weight != 0
                 table.append((layer_name(name), *fit(module, keep, sums, damping, fit_bias)))
     except BaseException:
