@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ._checks import one_of
 from .model_utils import Masks, attach_masks, get_masks, layer_name
 from .pruning import criteria
 
@@ -14,10 +15,23 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def shuffle_masks(masks: Tensors, seed: int = 0) -> Masks:
-    """Permute each mask at random within its layer: what is left of a method is its number of weights per layer.
+    """Permute each mask at random within its layer, which leaves only a method's number of weights per layer.
 
-    This is also the random pruning with the same layer ratios, since every mask with a layer's count is equally likely
+    This is also random pruning with the same layer ratios, since every mask with a layer's count is equally likely
     (Frankle et al. 2021, "Pruning neural networks at initialization: why are we missing the mark?").
+
+    Args:
+        masks: {parameter name: bool tensor}.
+        seed: Of the permutations; they are drawn on the CPU, so that all devices agree.
+
+    Returns:
+        New masks with the same counts.
+
+    Example:
+        >>> masks = pu.prune(pu.models.create("lenet300"), sparsity=0.9)
+        >>> shuffled = pu.shuffle_masks(masks)
+        >>> [int(shuffled[name].sum() - masks[name].sum()) for name in masks]
+        [0, 0, 0]
     """
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices agree
     return Masks(
@@ -29,13 +43,27 @@ def shuffle_masks(masks: Tensors, seed: int = 0) -> Masks:
 
 
 def redraw(model: nn.Module, seed: int = 0, init: Callable[[nn.Module], object] | None = None) -> nn.Module:
-    """Draw the weights of `model` anew under its masks, in place, and return it: does the mask matter, or its weights?
+    """Draw the weights of a model anew under its masks, in place: does the mask matter, or its weights?
 
-    By default every module resets itself by its `reset_parameters` (batch-norm statistics included); otherwise
-    `init(model)` does it all, such as `lambda model: model.load_state_dict(pu.models.create("vgg16", seed=1).
-    state_dict())`. It draws from `seed`; the global random state is left alone. Optimizers keep their state: make a
-    new one. Raises ValueError, and changes nothing, if there is no `init` and some parameters have no
-    `reset_parameters` beside them.
+    Optimizers keep their state: make a new one.
+
+    Args:
+        model: A masked model.
+        seed: Of the new weights; the global random state is left alone.
+        init: `init(model)` draws the weights. By default every module resets itself by its `reset_parameters`,
+            batch-norm statistics included.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If there is no `init` and some parameters have no `reset_parameters` beside them. Nothing changes.
+
+    Example:
+        >>> model = pu.models.create("lenet300")
+        >>> masks = pu.prune(model, sparsity=0.9)
+        >>> pu.redraw(model, seed=1)[1].weight[~masks["fc1.weight"]].abs().max().item()
+        0.0
     """
     if init is None:
         init = _reset_all
@@ -64,10 +92,24 @@ def _reset_all(model):
     model.apply(reset)  # children first: nn.MultiheadAttention has the last word on its projection's bias
 
 
-def inverted(criterion: str | Callable = "magnitude", **options) -> Callable[..., dict[str, torch.Tensor]]:
-    """A criterion that keeps what `criterion` would prune: its scores (with `options` of its own) negated.
+def inverted(criterion: str | Callable = "magnitude", **options: object) -> Callable[..., dict[str, torch.Tensor]]:
+    """Make a criterion that keeps what another one would prune: its scores negated.
 
-    Reciprocals would do as well but for scores of zero, which have none. Goes wherever a criterion does.
+    Reciprocals would do as well but for scores of zero, which have none.
+
+    Args:
+        criterion: A name from `list_criteria()`, or a criterion.
+        **options: Options of that criterion.
+
+    Returns:
+        A criterion, for wherever one is asked for.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[3.0, -1.0, 2.0, -4.0]]))
+        >>> pu.prune(model, pu.inverted("magnitude"), sparsity=0.5)["weight"].tolist()
+        [[False, True, True, False]]
     """
 
     def score(model, data=None, loss_fn=None, seed=0):
@@ -100,7 +142,25 @@ class Overlap:
 
 
 def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
-    """Compare two sets of masks of the same names and shapes; ValueError where these differ."""
+    """Measure how much two sets of masks have in common.
+
+    Args:
+        masks_a: {parameter name: bool tensor}.
+        masks_b: The same names and shapes.
+
+    Returns:
+        The intersection over union of the kept weights, what independent random masks would have, and both by layer.
+
+    Raises:
+        ValueError: If names or shapes differ.
+
+    Example:
+        >>> first = pu.prune(pu.models.create("lenet300"), "random", 0.9, seed=0)
+        >>> second = pu.prune(pu.models.create("lenet300"), "random", 0.9, seed=1)
+        >>> found = pu.overlap(first, second)
+        >>> round(found.iou, 2), round(found.expected, 2)
+        (0.05, 0.05)
+    """
     _check_alike(masks_a, masks_b)
     rows = []
     for name, a in masks_a.items():
@@ -117,13 +177,24 @@ def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
 
 
 def overlap_matrix(masks: Mapping[str, Tensors], value: str = "iou") -> pd.DataFrame:
-    """`overlap` of every pair in {label: masks}: a symmetric DataFrame of `value`, "iou" or "expected".
+    """Measure the overlap of every pair of several sets of masks.
 
-    The expectation is that of two different random masks, on the diagonal too. Raises ValueError for masks of
-    different names or shapes.
+    Args:
+        masks: {label: masks}, all of the same names and shapes.
+        value: "iou", or "expected", which is that of two different random masks, on the diagonal too.
+
+    Returns:
+        A symmetric table, labels by labels.
+
+    Raises:
+        ValueError: For another value, and for masks of different names or shapes.
+
+    Example:
+        >>> masks = {name: pu.prune(pu.models.create("lenet300"), name, 0.9) for name in ("random", "magnitude")}
+        >>> pu.overlap_matrix(masks).round(2).loc["magnitude"].tolist()
+        [0.05, 1.0]
     """
-    if value not in ("iou", "expected"):
-        raise ValueError(f"unknown value {value!r}; known: iou, expected")
+    one_of("value", value, ("iou", "expected"))
     labels = list(masks)
     matrix = pd.DataFrame(float("nan"), index=labels, columns=labels)
     for i, first in enumerate(labels):

@@ -48,7 +48,10 @@ def importance(function: Importance) -> Importance:
 
 
 def list_importances() -> list[str]:
-    """Return the names of all registered measures of filters.
+    """List the names of all registered measures of filters.
+
+    Returns:
+        The names, in the order in which they were registered.
 
     Example:
         >>> pu.list_importances()[:3]
