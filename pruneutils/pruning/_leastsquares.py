@@ -74,7 +74,9 @@ def add(sums: Sums | None, module: nn.Module, x: torch.Tensor, y: torch.Tensor, 
             columns = torch.cat([columns, columns.new_ones(groups, 1, columns.shape[2])], 1)
         if sums is None:
             size = columns.shape[1]
-            sums = Sums(columns.new_zeros(groups, size, size), columns.new_zeros(groups, size, wanted.shape[1]), 0.0, 0.0)
+            sums = Sums(
+                columns.new_zeros(groups, size, size), columns.new_zeros(groups, size, wanted.shape[1]), 0.0, 0.0
+            )
         sums.xx.baddbmm_(columns, columns.mT)
         sums.xy.baddbmm_(columns, wanted.mT)
         sums.yy += wanted.square().sum().item()

@@ -25,7 +25,7 @@ def randomised(model, seed=0):
             nn.init.normal_(module.bias, 0, 0.1, generator)
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-        for name, p in module.named_parameters(recurse=False):
+        for p in module.parameters(recurse=False):
             if not p.any():
                 p.data.normal_(0, 0.1, generator=generator)
     return model.eval()
@@ -111,9 +111,7 @@ def test_the_removed_network_agrees_with_the_masked_one_and_meets_the_ratio(name
     assert all(p.is_leaf and p.requires_grad for p in model.parameters())
     after = {name: dict(model.named_parameters())[name].shape[0] for name in before}
     if of == "filters":
-        step = max(
-            group.filters[0][1].size // group.n_units * len(group.filters) for group in analyse(dense, X).groups
-        )
+        step = max(group.filters[0][1].size // group.n_units * len(group.filters) for group in analyse(dense, X).groups)
         assert abs(sum(after.values()) - sum(before.values()) / 2) <= step
     else:
         assert abs(pu.cost(model, X).macs / cost.macs - 0.5) < 0.02  # less than the largest unit of these networks
@@ -388,7 +386,9 @@ def test_the_front_loaded_schedule_is_the_published_one(p, n):
 def test_75_percent_in_25_rounds_are_75_percent():
     removed = []
     model = pu.models.create("vgg16_bn")
-    pu.prune_filters(model, "l1", 0.75, X[:1], rounds=25, on_round=lambda m, k: removed.append(4224 - n_convolutions(m)))
+    pu.prune_filters(
+        model, "l1", 0.75, X[:1], rounds=25, on_round=lambda m, k: removed.append(4224 - n_convolutions(m))
+    )
     wanted = [4224 * pu.sparsity_at(k / 25, 0.75, schedule="front_loaded") for k in range(1, 26)]
     assert np.abs(np.array(removed) - wanted).max() <= 0.5 and removed[-1] == 3168
     assert removed[0] == round(4224 * 0.75 / (0.75 + 25 * 0.25))  # 10.7 % in the first round

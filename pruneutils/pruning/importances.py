@@ -2,8 +2,8 @@
 
 A measure is a function `(model, data) -> {weight name: one score a filter}`, registered by `@importance`. Beside `data`
 it may name `loss_fn`, `seed`, `example_inputs` and options of its own. The built-in ones are those of Lubana and Dick
-2021, "A gradient flow framework for analyzing network pruning", under the names and with the defaults of its code. w is a
-weight, g the gradient of the loss of logits divided by a temperature T, and each sum runs over the weights of a filter.
+2021, "A gradient flow framework for analyzing network pruning", under the names and with the defaults of its code. w is
+a weight, g the gradient of the loss of logits divided by a temperature T, and sums run over the weights of a filter.
 """
 
 import inspect
@@ -114,7 +114,9 @@ def fisher(model, data, loss_fn, T=5.0, n_samples=2560):
 def nvidia(model, data, loss_fn, example_inputs, T=5.0, n_samples=2560):
     """gamma^2 F + beta^2 F of the batch norm that follows (Molchanov et al. 2019); no score where none does."""
     norms = batch_norms(model, example_inputs)
-    parts = {(n, part): getattr(norm, part).requires_grad_() for n, norm in norms.items() for part in ("weight", "bias")}
+    parts = {
+        (n, part): getattr(norm, part).requires_grad_() for n, norm in norms.items() for part in ("weight", "bias")
+    }
     squares = _squared_gradients(model, parts, data, loss_fn, T, n_samples)
     scores = {key: parts[key].detach().square() * f for key, f in squares.items()}
     return {name: scores[name, "weight"] + scores[name, "bias"] for name in norms}
@@ -386,7 +388,9 @@ def _bound(importance, data, loss_fn, seed, example_inputs, options) -> tuple[Ca
         raise TypeError(f"importance {name!r} has no option {', '.join(foreign)}; its own: {', '.join(own) or 'none'}")
     offered = dict(data=data, loss_fn=loss_fn or F.cross_entropy, seed=seed, example_inputs=example_inputs, **options)
     given = {key: value for key, value in offered.items() if key in takes}
-    if function not in _IMPORTANCES.values():  # a callable of the user's own gets its data by position, whatever its name
+    if (
+        function not in _IMPORTANCES.values()
+    ):  # a callable of the user's own gets its data by position, whatever its name
         given.pop("data", None)
         return lambda model: function(model, data, **given), name
     if missing := [p.name for p in parameters if p.default is p.empty and given.get(p.name) is None]:
