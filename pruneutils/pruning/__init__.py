@@ -18,7 +18,7 @@ from ._slicing import replay
 from .criteria import Scores, criterion, dead_weights, list_criteria, scores
 from .filters import filter_table, prune_filters
 from .granularities import Block, Granularity, NofM, Tiles, granularity
-from .importance import filter_scores, importance, list_importances
+from .importances import filter_scores, importance, list_importances
 from .rebinding import rebind_optimizer
 from .repair import Recalibration, recalibrate, reconstruct
 from .schedules import Schedule, schedule, sparsity_at

@@ -1,8 +1,8 @@
 """Forward passes that stand still at chosen layers, so that many batches can go through a network side by side.
 
-What a layer is given after a repair depends on all batches, and what the next layer reads depends on that. Running every
-batch anew for each layer would take as many passes as there are layers. Here each batch is run once, in a thread of its
-own that waits at every layer until the others have come as far. Only one thread runs at a time.
+What a layer gets from a repair depends on all batches, and what the next layer reads depends on that. Running all
+batches anew for each layer would take as many passes as there are layers. Here each batch is run once, in a thread of
+its own that waits at every layer until the others have come as far. Only one thread runs at a time.
 """
 
 import queue

@@ -1,8 +1,8 @@
 """Which channels of which layers have to go together. The only module that talks to torch-pruning.
 
-torch-pruning traces one forward pass and tells what depends on what. Nothing is cut by it: its groups become plain index
-lists, and `_slicing` does the cutting. Every call builds a new graph and hands over nothing that torch-pruning keeps:
-its own defaults are shared between calls and grow.
+torch-pruning traces one forward pass and tells what depends on what. It cuts nothing: its groups become plain lists of
+indices, and `_slicing` does the cutting. Every call builds a new graph and hands over nothing that torch-pruning keeps,
+since its own defaults are shared between calls and grow.
 """
 
 import fnmatch

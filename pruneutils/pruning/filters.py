@@ -14,7 +14,7 @@ from . import schedules
 from ._budget import QUANTITIES, Order, order_units, terms_of
 from ._slicing import cut, kind_of_attention, size_of, tensor_cuts
 from ._surgery import Structure, analyse
-from .importance import Importance, filter_scores
+from .importances import Importance, filter_scores
 from .rebinding import rebind_optimizer
 
 
@@ -52,11 +52,12 @@ def prune_filters(
     """Remove filters from a model, in place: it is smaller and faster afterwards, and an ordinary model as before.
 
     A filter is an output channel of a convolution or linear layer; a head of an attention layer goes as a whole. What
-    depends on a filter goes with it: its batch norm, its depthwise convolution, what the next layers read of it, and the
-    same channel of all layers that shortcuts add up. All filters compete with each other, those that only go together
-    by their mean score. At least one stays in every layer. The classifier stays, and so do the layer that reads the
-    input of a network with shortcuts, grouped convolutions, and what a layer norm looks at. Masks are cut along with
-    their weights. What is left computes what it would compute if the filters that go gave zeros; this is checked.
+    depends on a filter goes with it: its batch norm, its depthwise convolution, what the next layers read of it, and
+    the same channel of all layers that shortcuts add up. All filters compete with each other; those that only go
+    together compete by their mean score. At least one stays in every layer. The classifier keeps its filters, and so do
+    the layer that reads the input of a network with shortcuts, grouped convolutions, and layers whose channels a layer
+    norm mixes. Masks are cut along with their weights. The smaller network computes what the whole one would compute if
+    the removed filters gave zeros; this is checked on `example_inputs`.
 
     Args:
         model: Any `nn.Module` with convolution or linear layers.
@@ -184,7 +185,7 @@ def _check_possible(order: Order, terms, total, target, of, structure) -> None:
     least, before = order.amount(terms, len(order.units)), order.amount(terms, max(0, len(order.units) - 1))
     if least - total * (1 - target) > (before - least) / 2:
         raise ValueError(
-            f"ratio={target!r}: at most {1 - least / total:.4f} of the {of} can go, since some filters stay in every layer "
+            f"ratio={target!r}: at most {1 - least / total:.4f} of the {of} can go, since every layer keeps some filters "
             f"and {_reasons(structure)}"
         )
 

@@ -1,4 +1,4 @@
-"""What a pruned network gets back without training: fresh batch-norm statistics, and weights fitted to the dense network.
+"""What a pruned network gets back without training: fresh batch-norm statistics, and weights fitted to the dense one.
 
 Most of what one-shot pruning loses is not in the weights that went. The statistics of batch norm are those of a network
 that no longer exists, and the weights that stay do not know that others are gone. Both can be mended with a few hundred
@@ -39,10 +39,10 @@ def recalibrate(model: nn.Module, data: object, test: object = None) -> Recalibr
     """Measure the statistics of all batch norms anew, exactly and in place.
 
     The mean and the unbiased variance of each batch norm become those of its input over all samples of all batches,
-    pooled in float64, in the network as it is afterwards: a layer is measured behind those that are measured already. So
-    nothing is left of the old statistics, no moving average is involved, and it does not matter how the data is divided
-    into batches. It takes one pass; the batches go side by side from one batch norm to the next, and what is alive
-    between two of them is in memory for all samples at once.
+    pooled in float64, in the network as it is afterwards: each layer is measured behind layers that are done already.
+    So nothing is left of the old statistics, no moving average is involved, and it does not matter how the data is
+    divided into batches. It takes one pass. The batches go side by side from one batch norm to the next, so the
+    activations between two of them are in memory for all samples at once.
 
     Args:
         model: A model with batch norm.
@@ -145,22 +145,22 @@ def reconstruct(
 
     From the first layer to the last, the kept weights of each become the least-squares solution of
 
-        || W x - (y - bias) ||^2 + damping * mean(x^2) * || W - W_now ||^2
+        sum || W x - (y - bias) ||^2  +  damping * (mean over inputs of sum x^2) * || W - W_now ||^2
 
-    over all samples and positions: x is what the layer reads in the pruned network, whose layers before it are fitted
+    The sums run over all samples and positions: x is what the layer reads in the pruned network, whose layers before it are fitted
     already, and y what the same layer gives in the dense network. Masks stay as they are, and so do biases and batch
-    norms. Where filters were removed by `prune_filters`, y are the outputs of those that are left. It takes one pass of
-    both networks; in memory are the matrices sum x x^T and sum x y^T of one layer, and what is alive between two layers,
-    for all samples. A layer that is called more than once stays as it is, and so does one that is used as a function,
-    such as the output projection of `nn.MultiheadAttention`.
+    norms. Where `prune_filters` has removed filters, y are the outputs of those that are left. It takes one pass of both
+    networks. In memory are the matrices sum x x^T and sum x y^T of one layer, and the activations between two layers for
+    all samples. A layer that is called more than once stays as it is, and so does one that is used as a function, such
+    as the output projection of `nn.MultiheadAttention`.
 
     Args:
         model: The pruned network.
         dense: The same network before pruning.
         data: Inputs (N, ...) to fit on: a tensor, one (inputs, targets) pair, or an iterable of such batches. Batches
             of 10 to 100 are fastest, and more samples than a layer has inputs best.
-        damping: How strongly the weights are held where they are, relative to the mean square of the inputs, summed over
-            all samples; 0 is plain least squares.
+        damping: How strongly the weights are held where they are, relative to the mean square of the inputs; 0 is plain
+            least squares.
         exclude: Names or globs of layers to leave as they are.
         fit_bias: Whether to fit the biases of layers that have one, too.
 

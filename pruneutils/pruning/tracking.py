@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .._checks import fraction, whole
-from .importance import _bias, averaged, biased, filter_weights
+from .importances import _bias, averaged, biased, filter_weights
 
 
 class track_importance:

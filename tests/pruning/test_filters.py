@@ -25,7 +25,7 @@ def randomised(model, seed=0):
             nn.init.normal_(module.bias, 0, 0.1, generator)
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-        for name, p in module.named_parameters(recurse=False):
+        for p in module.parameters(recurse=False):
             if not p.any():
                 p.data.normal_(0, 0.1, generator=generator)
     return model.eval()

@@ -2,8 +2,8 @@
 
 A measure is a function `(model, data) -> {weight name: one score a filter}`, registered by `@importance`. Beside `data`
 it may name `loss_fn`, `seed`, `example_inputs` and options of its own. The built-in ones are those of Lubana and Dick
-2021, "A gradient flow framework for analyzing network pruning", under the names and with the defaults of its code. w is a
-weight, g the gradient of the loss of logits divided by a temperature T, and each sum runs over the weights of a filter.
+2021, "A gradient flow framework for analyzing network pruning", under the names and with the defaults of its code. w is
+a weight, g the gradient of the loss of logits divided by a temperature T, and sums run over the weights of a filter.
 """
 
 import inspect
