@@ -258,7 +258,9 @@ class Masked(RuleBasedStateMachine):
 
     @rule(spot=spots, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     def move(self, spot, dtype):
-        self.take(spot).net.to(dtype)
+        net = self.take(spot).net.to(dtype)
+        moved = {id(parameter) for parameter in net.parameters()}  # torch's optimizers cannot go on in another type
+        self.optimizers = [o for o in self.optimizers if not any(id(p) in moved for p in o.state)]
 
     @rule(spot=spots)
     def move_to_meta_and_back(self, spot):
