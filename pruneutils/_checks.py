@@ -1,6 +1,7 @@
 """Checks of arguments that several rooms share; an error names the argument, the value given and those possible."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -60,3 +61,11 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
 def is_pair(data: object) -> bool:
     """Tell whether `data` is one (inputs, targets) pair of tensors."""
     return isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(part) for part in data)
+
+
+def callers_level() -> int:
+    """Return the stacklevel, for a warning of whoever asks, of the first caller outside of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    return level

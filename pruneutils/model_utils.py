@@ -1,28 +1,62 @@
 """Prunable weights, their masks, and what can be read off a masked model.
 
-A mask belongs to one parameter. It is kept beside the parameter in its module, outside of `state_dict`, so the model
-stays an ordinary one; a hook that torch runs after every optimizer step sets masked weights back to zero.
+A mask belongs to one parameter and is kept outside of `state_dict`, so the model stays an ordinary one. What is true of
+masks, and how they hold, is told in `pruneutils._masks`.
 """
 
-import fnmatch
-import weakref
-from collections.abc import Iterable, Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._checks import nearest
+from . import _masks
+from ._checks import callers_level, nearest
+from ._masks import Mask
+from ._masks import attach as attach_masks
+from ._prunable import layer_name, match_layers, present_weights, prunable_weights
 from ._torch import autocast, batches, device_of, in_mode, resolve_precision
 
-_PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
+__all__ = [
+    "Count",
+    "Masks",
+    "RevivedWeightsWarning",
+    "accuracy",
+    "attach_masks",
+    "check_masks",
+    "count",
+    "dense_gradients",
+    "get_masks",
+    "hold",
+    "layer_name",
+    "layer_table",
+    "make_permanent",
+    "masked",
+    "match_layers",
+    "prunable_weights",
+    "replace_mask",
+    "restore",
+    "revived",
+    "set_masks",
+]
 
 
-class Masks(dict):
-    """A dict {parameter name: bool tensor of the parameter's shape}, True = kept."""
+class RevivedWeightsWarning(UserWarning):
+    """Weights that a mask prunes are not zero: something other than a torch optimizer has written to them."""
+
+
+class Masks(dict[str, torch.Tensor]):
+    """A dict {parameter name: bool tensor of the parameter's shape}, True = kept.
+
+    Example:
+        >>> model = pu.models.create("lenet300")
+        >>> masks = pu.prune(model, "magnitude", 0.9)
+        >>> masks.total, masks.kept, round(masks.sparsity, 4)
+        (266200, 26620, 0.9)
+    """
 
     @property
     def total(self) -> int:
@@ -39,7 +73,7 @@ class Masks(dict):
         """Fraction of False entries over all masks, 0.0 when there are none."""
         return 1 - self.kept / self.total if self.total else 0.0
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Masks({len(self)} weights, {self.kept:,} of {self.total:,} kept, sparsity {self.sparsity:.4f})"
 
 
@@ -60,235 +94,315 @@ class Count:
         """Fraction pruned, in [0, 1]."""
         return self.pruned / self.total
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Count({self.kept:,} of {self.total:,} kept, {self.pruned:,} pruned, sparsity {self.sparsity:.4f})"
-
-
-def prunable_weights(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
-    """The weights of all convolution and linear layers, {parameter name: parameter}, in module order, tied ones once.
-
-    `exclude` holds names or globs of layers ("fc", "layer1.*") or of their weights ("fc.weight").
-    Raises ValueError if nothing is left to prune, if an entry of `exclude` fits no layer, or if a layer's weight is
-    computed by a parametrization (torch.nn.utils.prune, weight_norm) instead of being a parameter.
-    """
-    weights, seen = {}, set()
-    for layer, module in model.named_modules():
-        if not isinstance(module, _PRUNABLE):
-            continue
-        weight = module._parameters.get("weight")
-        name = f"{layer}.weight" if layer else "weight"
-        if weight is None:
-            raise ValueError(
-                f"{name} is computed by a parametrization (torch.nn.utils.prune, weight_norm, ...) and cannot be "
-                "pruned as a parameter; remove the parametrization first"
-            )
-        if id(weight) not in seen:
-            seen.add(id(weight))
-            weights[name] = weight
-    if not weights:
-        raise ValueError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune")
-    excluded = match_layers(weights, [exclude] if isinstance(exclude, str) else exclude, "exclude")
-    weights = {name: weight for name, weight in weights.items() if name not in excluded}
-    if not weights:
-        raise ValueError(f"exclude={exclude!r} leaves nothing to prune")
-    return weights
-
-
-def layer_name(name: str) -> str:
-    """The layer that a weight belongs to: "conv1" for "conv1.weight"."""
-    return name.removesuffix("weight").removesuffix(".")
-
-
-def match_layers(names: Iterable[str], patterns: Iterable[str], argument: str) -> dict[str, str]:
-    """{parameter name: the first of `patterns` that fits it}; each must fit a layer's or a parameter's name."""
-    names, found = list(names), {}
-    for pattern in patterns:
-        fits = [n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(layer_name(n), pattern)]
-        if not fits:
-            layers = [layer_name(name) for name in names]
-            raise ValueError(f"{argument}: no prunable layer fits {pattern!r}; {nearest(pattern, layers)}")
-        for name in fits:
-            found.setdefault(name, pattern)
-    return found
 
 
 # --- Masks on a model ------------------------------------------------------------------------------------------------
 
-_MASKS = weakref.WeakValueDictionary()  # id(parameter) -> _Mask; an entry lives as long as the _Mask in its module
-_OPTIMIZERS = weakref.WeakSet()  # all that have taken a step: only these can hold state older than a pruning
 
-
-class _Mask:
-    """One parameter and its mask, kept in the parameter's module: deepcopy and pickle carry the pair along."""
-
-    def __init__(self, weight: nn.Parameter, keep: torch.Tensor, original: torch.Tensor | None = None):
-        self.weight, self.keep, self.original, self._factor = weight, keep, original, None
-        _MASKS[id(weight)] = self
-
-    def __getstate__(self):
-        return self.weight, self.keep, self.original
-
-    def __setstate__(self, state):  # runs in copies too, which have to announce themselves to the optimizer hook
-        self.__init__(*state)
-
-    def factor(self) -> torch.Tensor:
-        """The mask as 0s and 1s of the weight's type and device: multiplying by a bool mask costs three times more."""
-        old, weight = self._factor, self.weight
-        if old is None or (old.dtype, old.device, old.stride()) != (weight.dtype, weight.device, weight.stride()):
-            self._factor = torch.empty_like(weight, requires_grad=False).copy_(self.keep)
-        return self._factor
-
-    def apply(self):
-        """Set what is pruned to +0.0."""
-        self.keep, weight = self.keep.to(self.weight.device), self.weight.detach()
-        if weight.device.type == "cpu" and weight.dtype in _BITS:
-            bits = weight.view(_BITS[weight.dtype]).numpy()  # bits times 0 or 1: four times faster than masked_fill_
-            np.multiply(bits, self.keep.numpy(), out=bits)
-        else:
-            weight.masked_fill_(~self.keep, 0)
-
-
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-def _hold_masks(optimizer, *_):
-    """Zero the pruned weights, and their share of the optimizer's state, in everything that `optimizer` updates."""
-    _OPTIMIZERS.add(optimizer)
-    if not _MASKS:
-        return
-    tensors, factors = [], []
-    for weight in (p for group in optimizer.param_groups for p in group["params"]):
-        mask = _MASKS.get(id(weight))
-        if mask is None:
-            continue
-        state = [s for s in optimizer.state.get(weight, {}).values() if torch.is_tensor(s) and s.shape == weight.shape]
-        tensors += [weight.detach(), *state]
-        factors += [mask.factor()] * (1 + len(state))
-    if tensors:
-        torch._foreach_mul_(tensors, factors)
-
-
-register_optimizer_step_post_hook(_hold_masks)
-
-
-def _reapply(module, _incompatible_keys=None):
-    """After load_state_dict: what is pruned stays pruned, also where `assign=True` has put new parameters in."""
-    for name, mask in module._pruneutils_masks.items():
-        if _MASKS.get(id(mask.weight)) is not mask:
-            continue  # a tied weight, whose mask has been replaced through another module
-        if module._parameters[name] is not mask.weight:
-            module._pruneutils_masks[name] = mask = _Mask(module._parameters[name], mask.keep, mask.original)
-        mask.apply()
-
-
-def masked(model: nn.Module) -> dict[str, _Mask]:
-    """{parameter name: _Mask} of all masks that are still those of a present parameter."""
-    found, seen = {}, set()
-    for layer, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, _PRUNABLE) else None
-        if id(weight) in _MASKS and id(weight) not in seen:  # by the weight: another module may hold a tied one's mask
-            seen.add(id(weight))
-            found[f"{layer}.weight" if layer else "weight"] = mask = _MASKS[id(weight)]
-            mask.keep = mask.keep.to(weight.device)  # the model may have moved
-    return found
+def masked(model: nn.Module) -> dict[str, Mask]:
+    """Return {parameter name: mask} of the masked weights; ValueError if one was replaced by another shape."""
+    _masks.settle(model)
+    found = {name: _masks.mask_of(weight) for name, weight in present_weights(model).items()}
+    return {name: mask for name, mask in found.items() if mask is not None}
 
 
 def get_masks(model: nn.Module) -> Masks:
-    """A copy of the masks on `model`, in module order; empty if it has none."""
+    """Return a copy of the masks on a model.
+
+    Args:
+        model: Any `nn.Module`.
+
+    Returns:
+        The masks in module order, {parameter name: bool tensor of the weight's shape}, True = kept; empty if the model
+        has none.
+
+    Raises:
+        ValueError: If a masked parameter was replaced by one of another shape.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> pu.get_masks(model)
+        Masks(0 weights, 0 of 0 kept, sparsity 0.0000)
+        >>> pu.set_masks(model, {"weight": torch.tensor([[1, 0, 1]])})
+        >>> pu.get_masks(model)["weight"]
+        tensor([[ True, False,  True]])
+    """
     return Masks({name: mask.keep.clone() for name, mask in masked(model).items()})
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-    """Put `masks` {parameter name: bool or 0/1 tensor of the weight's shape} on `model`, in place of present ones.
+    """Put masks from anywhere on a model: from another model, a file, another library.
 
-    The named weights are zeroed where the mask is False, the others keep what they have. `set_masks(model, {name: w !=
-    0 for name, w in pu.prunable_weights(model).items()})` adopts zeros that another tool has left. Raises ValueError
-    for an unknown name, another shape, or entries other than 0 and 1, before anything is changed.
+    A mask takes the place of the one that its weight has; unnamed weights keep theirs. Pruned weights become zero, kept
+    weights stay as they are.
+
+    Args:
+        model: Any `nn.Module` with convolution or linear layers.
+        masks: {parameter name: bool or 0/1 tensor of the weight's shape}, True or 1 = kept.
+
+    Raises:
+        ValueError: For an unknown name, another shape, or entries other than 0 and 1. The model is then as it was.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> pu.set_masks(model, {"weight": torch.tensor([[1, 0, 1]])})
+        >>> pu.count(model)
+        Count(2 of 3 kept, 1 pruned, sparsity 0.3333)
+
+        Zeros that another tool has left become masks:
+
+        >>> pu.set_masks(model, {name: weight != 0 for name, weight in pu.prunable_weights(model).items()})
     """
     attach_masks(model, check_masks(model, masks))
 
 
+def replace_mask(model: nn.Module, name: str, mask: torch.Tensor) -> None:
+    """Give one weight a new mask after the parameter was replaced by one of any shape, such as after its filters went.
+
+    Other weights are not looked at, so the layers of a model can be replaced one after the other. What `restore` would
+    have brought back to this weight is forgotten. Raises ValueError as `set_masks` does.
+    """
+    attach_masks(model, check_masks(model, {name: mask}))
+    _masks.mask_of(prunable_weights(model)[name]).original = None
+
+
 def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of `masks` as bool tensors on the devices of the weights; ValueError where they do not fit `model`."""
+    """Return copies of `masks` as bool tensors on the devices of the weights; ValueError if they do not fit `model`."""
     weights, checked = prunable_weights(model), {}
     for name, mask in masks.items():
         if name not in weights:
             raise ValueError(f"no prunable weight is called {name!r}; {nearest(name, weights)}")
-        weight, mask = weights[name], torch.as_tensor(mask)
+        weight, mask = weights[name], torch.as_tensor(mask).detach()
         if mask.shape != weight.shape:
             raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
-        checked[name] = mask.detach().to(weight.device, torch.bool, copy=True)
-        if mask.dtype != torch.bool and not torch.equal(checked[name].to(mask), mask):
+        keep = mask.to(torch.bool, copy=True)
+        if mask.dtype != torch.bool and not torch.equal(keep.to(mask), mask):
             raise ValueError(f"{name}: a mask holds only 0 and 1 (or False and True)")
+        checked[name] = keep if weight.is_meta else keep.to(weight.device)
     return checked
 
 
-def attach_masks(
-    model: nn.Module, masks: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor] | None = None
-):
-    """Give the named weights these bool masks, unchecked and not copied, and what `restore` brings back."""
-    for name, keep in masks.items():
-        module = model.get_submodule(layer_name(name))
-        if not hasattr(module, "_pruneutils_masks"):
-            module._pruneutils_masks = {}
-            module._pruneutils_hook = module.register_load_state_dict_post_hook(_reapply)
-        weight, old = module.weight, module._pruneutils_masks.get("weight")
-        original = old.original if old is not None and old.original is not None else (originals or {}).get(name)
-        module._pruneutils_masks["weight"] = mask = _Mask(weight, keep, original)
-        mask.apply()
-    for optimizer in list(_OPTIMIZERS):
-        _hold_masks(optimizer)
+def hold(model: nn.Module) -> nn.Module:
+    """Set all pruned weights to zero again, after something other than a torch optimizer has written to them.
+
+    Masks hold by themselves in every step of a torch optimizer, in `load_state_dict`, and in loops of your own such as
+    `p.data -= lr * p.grad`, because gradients of pruned weights are zero. Call `hold` after `reset_parameters`, and
+    after updates that do not come from `.grad`.
+
+    Args:
+        model: Any `nn.Module`. Without masks, nothing happens.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If a masked parameter was replaced by one of another shape.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> pu.set_masks(model, {"weight": torch.tensor([[1, 0, 1]])})
+        >>> model.reset_parameters()
+        >>> int(pu.hold(model).weight.count_nonzero())
+        2
+    """
+    attach_masks(model, {name: mask.keep for name, mask in masked(model).items()})
+    return model
+
+
+@contextlib.contextmanager
+def dense_gradients(model: nn.Module) -> Iterator[nn.Module]:
+    """Let backward passes inside the `with` block compute the gradients of pruned weights too.
+
+    Otherwise these are zero after every backward pass, so that everything downstream sees a pruned model. Methods that
+    decide which weights come back need them (RigL's `regrow` from `.grad`, movement pruning). Pruned weights stay zero
+    all the same, except inside the steps of optimizers that evaluate the model several times, such as LBFGS.
+
+    Args:
+        model: Any `nn.Module` with convolution or linear layers.
+
+    Yields:
+        The model.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> pu.set_masks(model, {"weight": torch.tensor([[1, 0, 1]])})
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> model.weight.grad
+        tensor([[1., 0., 1.]])
+        >>> model.zero_grad()
+        >>> with pu.dense_gradients(model):
+        ...     model(torch.ones(1, 3)).sum().backward()
+        >>> model.weight.grad
+        tensor([[1., 1., 1.]])
+    """
+    changed = _masks.set_dense_gradients(present_weights(model).values(), True)
+    try:
+        yield model
+    finally:
+        _masks.set_dense_gradients(changed, False)
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
-    """Remove all masks and leave the zeros: an ordinary model again, whose zeros training may fill. Returns it."""
-    for module in model.modules():
-        if hasattr(module, "_pruneutils_masks"):
-            for mask in module._pruneutils_masks.values():
-                _MASKS.pop(id(mask.weight), None)
-            module._pruneutils_hook.remove()
-            del module._pruneutils_masks, module._pruneutils_hook
+    """Remove all masks and leave the zeros: an ordinary model again, whose zeros training may fill.
+
+    Args:
+        model: Any `nn.Module`.
+
+    Returns:
+        The model.
+
+    Warns:
+        UserWarning: If a weight is shared with a module outside of `model` that holds its mask too. It stays masked
+            until that module is made permanent.
+
+    Example:
+        >>> model = pu.models.create("lenet300")
+        >>> masks = pu.prune(model, "magnitude", 0.9)
+        >>> pu.make_permanent(model) is model
+        True
+        >>> pu.get_masks(model), pu.count(model).kept
+        (Masks(0 weights, 0 of 0 kept, sparsity 0.0000), 26620)
+    """
+    if shared := _masks.let_go(model):
+        warnings.warn(
+            f"{', '.join(shared)}: shared with a pruned model outside of this one, and masked until that one is made "
+            "permanent too",
+            stacklevel=callers_level(),
+        )
     return model
 
 
 @torch.no_grad()
 def restore(model: nn.Module) -> nn.Module:
-    """Bring back the weights from before the first `prune(..., restorable=True)` and remove all masks. Returns `model`.
+    """Bring back the weights from before the first `prune(..., restorable=True)`, and remove their masks.
 
-    Raises ValueError if no such weights are kept.
+    Layers that were pruned without `restorable` keep their masks.
+
+    Args:
+        model: A model that was pruned with `restorable=True`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If no such weights are kept, or if one is shared with another pruned model. Nothing is changed then.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> before = model.weight.tolist()
+        >>> masks = pu.prune(model, "magnitude", 0.67, restorable=True)
+        >>> pu.restore(model).weight.tolist() == before
+        True
     """
-    originals = [(mask.weight, mask.original) for mask in masked(model).values() if mask.original is not None]
-    if not originals:
+    masks, weights = masked(model), present_weights(model)
+    kept = {name: mask.original for name, mask in masks.items() if mask.original is not None}
+    if not kept:
         raise ValueError("there are no weights to restore; they are kept by prune(..., restorable=True)")
-    make_permanent(model)
-    for weight, original in originals:
-        weight.copy_(original)
+    if shared := [name for name in kept if _masks.claimed_elsewhere(model, masks[name])]:
+        raise ValueError(
+            f"{', '.join(shared)}: shared with a pruned model outside of this one; remove that one's masks first, by "
+            "pu.make_permanent"
+        )
+    _masks.let_go(model, [weights[name] for name in kept])
+    for name, original in kept.items():
+        weights[name].copy_(original)
     return model
 
 
 # --- What a model holds ----------------------------------------------------------------------------------------------
 
 
+def revived(model: nn.Module) -> dict[str, int]:
+    """Return {parameter name: pruned weights that are not zero} of the weights that have any."""
+    masks, weights = masked(model), present_weights(model)
+    found = {name: _n_revived(weights[name], mask.keep) for name, mask in masks.items()}
+    return {name: n for name, n in found.items() if n}
+
+
+def _n_revived(weight: torch.Tensor, keep: torch.Tensor) -> int:
+    if weight.is_meta:
+        return 0
+    return int((weight.detach() != 0).logical_and_(~keep).count_nonzero())
+
+
 def _kept(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
-    """{parameter name: (weight, number kept)}: by the mask where there is one, by exact zeros elsewhere."""
-    masks = {id(mask.weight): mask.keep for mask in masked(model).values()}
-    return {
-        name: (weight, int(masks.get(id(weight), weight.detach()).count_nonzero()))
-        for name, weight in prunable_weights(model).items()
-    }
+    """Return {parameter name: (weight, number kept)}; warn of pruned weights that are not zero, and count them as kept.
+
+    Where there is no mask, the weights that are not exactly zero count as kept.
+    """
+    masks, layers, alive = masked(model), {}, {}
+    for name, weight in prunable_weights(model).items():
+        mask = masks.get(name)
+        kept = int((weight.detach() if mask is None else mask.keep).count_nonzero())
+        if mask is not None and (n := _n_revived(weight, mask.keep)):
+            alive[name] = n
+        layers[name] = weight, kept + alive.get(name, 0)
+    if alive:
+        warnings.warn(
+            f"{sum(alive.values()):,} pruned weights are not zero "
+            f"({', '.join(f'{layer_name(name) or name}: {n:,}' for name, n in alive.items())}), and are counted as "
+            "kept; something other than a torch optimizer has written to them. pu.hold(model) zeroes them again",
+            RevivedWeightsWarning,
+            stacklevel=callers_level(),
+        )
+    return layers
 
 
 def count(model: nn.Module) -> Count:
-    """Count the prunable weights of `model`: `.total`, `.kept`, `.pruned` as Python ints and `.sparsity` in [0, 1].
+    """Count the prunable weights of a model, and how many of them are kept and pruned.
 
-    A weight is pruned if its mask says so; in a layer without a mask, if it is exactly zero.
+    A weight with a mask is pruned if the mask says so and the weight is zero; a weight without a mask, if it is exactly
+    zero.
+
+    Args:
+        model: Any `nn.Module` with convolution or linear layers.
+
+    Returns:
+        `.total`, `.kept` and `.pruned` as Python ints, exact for any size, and `.sparsity`, a fraction in [0, 1].
+
+    Raises:
+        ValueError: If the model has nothing to prune, or a masked parameter was replaced by one of another shape.
+
+    Warns:
+        RevivedWeightsWarning: If pruned weights are not zero. They count as kept; `hold` zeroes them again.
+
+    Example:
+        >>> model = pu.models.create("lenet300")
+        >>> masks = pu.prune(model, "magnitude", 0.9)
+        >>> pu.count(model)
+        Count(26,620 of 266,200 kept, 239,580 pruned, sparsity 0.9000)
     """
     layers = _kept(model).values()
     return Count(sum(weight.numel() for weight, _ in layers), sum(kept for _, kept in layers))
 
 
 def layer_table(model: nn.Module) -> pd.DataFrame:
-    """A row per prunable layer in module order: layer, shape (out, in, ...), total, kept, sparsity (a fraction)."""
+    """Count the weights of each prunable layer.
+
+    Args:
+        model: Any `nn.Module` with convolution or linear layers.
+
+    Returns:
+        A row per layer in module order with the columns layer (its name), shape (of the weight: (out, in, ...)), total,
+        kept (as `count` counts them) and sparsity (a fraction).
+
+    Raises:
+        ValueError: As `count` does.
+
+    Warns:
+        RevivedWeightsWarning: As `count` does.
+
+    Example:
+        >>> model = pu.models.create("lenet300")
+        >>> masks = pu.prune(model, "magnitude", 0.9, scope="layer")
+        >>> pu.layer_table(model)
+          layer       shape   total   kept  sparsity
+        0   fc1  (300, 784)  235200  23520       0.9
+        1   fc2  (100, 300)   30000   3000       0.9
+        2   fc3   (10, 100)    1000    100       0.9
+    """
     rows = [
         (layer_name(name), tuple(weight.shape), weight.numel(), kept, 1 - kept / weight.numel())
         for name, (weight, kept) in _kept(model).items()

@@ -237,11 +237,10 @@ class SparsityExplorer(ipywidgets.VBox):
             masks[name] = mask.to(contest.weights[name].device) & masks.get(name, _TRUE)
         self.ties, self.masks = ties, Masks({name: masks[name] for name in self._positions})
         with torch.no_grad():
-            sources = prunable_weights(self.model)
-            for name, held in masked(self._twin).items():  # attach_masks would touch the optimizers of the model
-                held.weight.copy_(sources[name])
-                held.keep = self.masks[name]
-                held.apply()
+            sources, weights = prunable_weights(self.model), prunable_weights(self._twin)
+            for name in self.masks:
+                weights[name].copy_(sources[name])
+        attach_masks(self._twin, self.masks)
         return self.masks
 
     def _rankings(self, criterion, contest) -> list:

@@ -1,7 +1,6 @@
 """Scores become a pruned model: the only place where criterion, scope, granularity and schedule meet."""
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -334,7 +333,7 @@ def _warn(ties, masks, criterion) -> None:
             f"{sum(ties.values()):,} weights tie at the cut of {criterion!r} ({layers}); position decides which of "
             "them go. Scores that tie in large numbers often are zeros of weights without effect: see dead_weights",
             TiedScoresWarning,
-            stacklevel=_callers_level(),
+            stacklevel=_checks.callers_level(),
         )
     empty = [layer_name(name) for name, mask in masks.items() if not mask.cpu().numpy().any()]
     if empty:
@@ -342,14 +341,5 @@ def _warn(ties, masks, criterion) -> None:
             f"{len(empty)} of {len(masks)} layers have no weight left: {', '.join(empty)}. Less sparsity, more "
             "iterations, or scope 'layer' or 'erk' leave some in each",
             LayerCollapseWarning,
-            stacklevel=_callers_level(),
+            stacklevel=_checks.callers_level(),
         )
-
-
-def _callers_level() -> int:
-    """The stacklevel, seen from who asks, of the first caller outside of this package."""
-    package = __package__.partition(".")[0] + "."
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
-        frame, level = frame.f_back, level + 1
-    return level
