@@ -278,6 +278,11 @@ def set_dense_gradients(parameters: Iterable[nn.Parameter], dense: bool) -> list
     return changed
 
 
+def gradients_masked(parameters: Iterable[nn.Parameter]) -> bool:
+    """Tell whether a backward pass has masked the gradient of any of these parameters since they have their masks."""
+    return any(mask is not None and mask.masked_a_gradient for mask in map(_MASKS.get, parameters))
+
+
 # --- Hooks -----------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,6 @@ __all__ = [
     "masked",
     "match_layers",
     "prunable_weights",
-    "replace_mask",
     "restore",
     "revived",
     "set_masks",
@@ -136,7 +135,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Put masks from anywhere on a model: from another model, a file, another library.
 
     A mask takes the place of the one that its weight has; unnamed weights keep theirs. Pruned weights become zero, kept
-    weights stay as they are.
+    weights stay as they are. A weight that was replaced by one of another shape gets its new mask this way too.
 
     Args:
         model: Any `nn.Module` with convolution or linear layers.
@@ -156,16 +155,6 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
         >>> pu.set_masks(model, {name: weight != 0 for name, weight in pu.prunable_weights(model).items()})
     """
     attach_masks(model, check_masks(model, masks))
-
-
-def replace_mask(model: nn.Module, name: str, mask: torch.Tensor) -> None:
-    """Give one weight a new mask after the parameter was replaced by one of any shape, such as after its filters went.
-
-    Other weights are not looked at, so the layers of a model can be replaced one after the other. What `restore` would
-    have brought back to this weight is forgotten. Raises ValueError as `set_masks` does.
-    """
-    attach_masks(model, check_masks(model, {name: mask}))
-    _masks.mask_of(prunable_weights(model)[name]).original = None
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

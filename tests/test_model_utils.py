@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pruneutils as pu
-from pruneutils import _torch, model_utils
+from pruneutils import _masks, _torch
 
 
 def net(seed=0):
@@ -400,7 +400,7 @@ def test_onnx_export_gives_the_same_outputs_and_zeros(tmp_path):
 
 def test_models_that_are_dropped_leave_nothing_behind():
     gc.collect()
-    before, alive = len(model_utils._MASKS), []
+    before, alive = len(_masks._MASKS), []
     for seed in range(5):
         model = net(seed)
         optimizer = torch.optim.Adam(model.parameters())
@@ -411,7 +411,7 @@ def test_models_that_are_dropped_leave_nothing_behind():
         del model, optimizer
     gc.collect()
     assert [ref for ref in alive if ref() is not None] == []
-    assert len(model_utils._MASKS) == before
+    assert len(_masks._MASKS) == before
 
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 
 from .._checks import fraction as check_fraction
 from .._checks import one_of, whole
+from .._masks import gradients_masked
 from .._torch import generator
 from ..model_utils import Masks, attach_masks, get_masks, prunable_weights
 from ..pruning import scores
@@ -41,7 +42,8 @@ def regrow(
         grow: Where weights grow: "gradient" where the gradient of the loss is largest in magnitude (RigL), "random"
             anywhere (SET).
         data: One (inputs, targets) batch or an iterable of them for the gradient, in the model's present train or eval
-            mode. Without it, the gradient is what the last backward pass has left in `.grad`, at no cost.
+            mode. Without it, the gradient is what the last backward pass has left in `.grad`, at no cost; that pass has
+            to run inside `with pu.dense_gradients(model):`, since gradients of pruned weights are zero otherwise.
         loss_fn: `(outputs, targets) -> mean loss over the batch`; cross-entropy by default.
         seed: Of random growth.
 
@@ -50,7 +52,7 @@ def regrow(
 
     Raises:
         ValueError: For a model without masks, a fraction outside [0, 1], an unknown `grow`, or a gradient that is
-            missing, NaN or infinite; the model is then as it was.
+            missing, masked, NaN or infinite; the model is then as it was.
 
     Example:
         >>> model = pu.models.create("lenet300")
@@ -78,7 +80,7 @@ def regrow(
     elif data is not None:
         wanted = scores(model, "gradient", data, loss_fn=loss_fn, seed=seed, train_mode=model.training)
     else:
-        wanted = _present_gradients({name: weights[name] for name in masks})
+        wanted = _present_gradients({name: weights[name] for name in masks}, masks)
     moved = {name: _move(name, weights[name], mask, wanted[name], fraction) for name, mask in masks.items()}
     with torch.no_grad():
         for name, mask in masks.items():  # what another optimizer than torch's has left there must not come to life
@@ -122,8 +124,10 @@ def dynamic_sparsity(
 ) -> Callable[[nn.Module, int, int], None]:
     """Make a function that calls `regrow` now and then while a model trains.
 
-    Pass it to `fit` as `on_step`, or call it after each step of any loop. It keeps nothing between calls: random growth
-    depends on `seed` and the step alone, so training that goes on from a checkpoint repeats. The defaults are RigL's.
+    Pass it to `fit` as `on_step`, or call it after each step of any loop, which has to run inside `with
+    pu.dense_gradients(model):` where weights grow by the gradient in `.grad`. It keeps nothing between calls: random
+    growth depends on `seed` and the step alone, so training that goes on from a checkpoint repeats. The defaults are
+    RigL's.
 
     Args:
         grow: As for `regrow`.
@@ -161,6 +165,7 @@ def dynamic_sparsity(
             own_seed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
             regrow(model, fraction, grow, data, loss_fn, own_seed)
 
+    on_step.dense_gradients = grow == "gradient" and data is None  # what `fit` asks
     return on_step
 
 
@@ -173,11 +178,16 @@ def _move(name, weight, mask, wanted, fraction) -> torch.Tensor:
     return stay | select({name: wanted}, free - moving, {name: ~stay}, torch.abs).keep[name]
 
 
-def _present_gradients(weights) -> dict[str, torch.Tensor]:
-    """Return what the last backward pass has left."""
+def _present_gradients(weights, masks) -> dict[str, torch.Tensor]:
+    """Return what the last backward pass has left; ValueError where that tells nothing of pruned weights."""
     if missing := [name for name, weight in weights.items() if weight.grad is None]:
         raise ValueError(
             f"no gradient on {', '.join(missing)}; call regrow between backward() and the next zero_grad(), or give it "
             "data"
+        )
+    if gradients_masked(weights.values()) and not any(weights[n].grad[~mask].any() for n, mask in masks.items()):
+        raise ValueError(
+            "the gradients of all pruned weights were masked; run the backward pass inside "
+            "`with pu.dense_gradients(model):`, or give regrow data"
         )
     return {name: weight.grad for name, weight in weights.items()}

@@ -1,5 +1,6 @@
 """The training loop: `fit` trains a dense or a pruned model; the masks hold."""
 
+import contextlib
 import inspect
 import math
 import time
@@ -13,7 +14,7 @@ from torch import nn
 
 from .. import _checks
 from .._torch import autocast, device_of, in_mode, resolve_precision, seed_device
-from ..model_utils import accuracy, count
+from ..model_utils import accuracy, count, dense_gradients
 from . import numerics, optimizers
 from .batches import Batches, epochs_of
 
@@ -70,7 +71,8 @@ def fit(
             convolutional networks on a GPU and on a CPU with fast instructions for it. The results of "auto" differ
             between machines.
         test_every: Measure the test accuracy after every so many epochs, and after the last one.
-        on_step: Called as `on_step(model, step, steps)` after each step; the first is 1, the last is `steps`.
+        on_step: Called as `on_step(model, step, steps)` after each step; the first is 1, the last is `steps`. If it has
+            a true attribute `dense_gradients`, it finds the gradients of pruned weights in `.grad` too.
         start_step: Leave out so many steps but keep their place in the learning-rate schedule, the order of the
             samples and the dropout: training goes on as from a snapshot taken there, except that the optimizer has no
             momentum yet.
@@ -106,6 +108,7 @@ def fit(
         numerics.reproducible(device, seed),
         numerics.fastest_layout(model),
         in_mode(model, training=True),
+        dense_gradients(model) if getattr(on_step, "dense_gradients", False) else contextlib.nullcontext(),
     ):
         for epoch in range(1, epochs + 1):
             model.train()  # an `on_step` may have left it in eval mode

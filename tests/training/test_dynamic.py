@@ -70,7 +70,8 @@ def test_gradient_from_data_is_the_dense_one_of_the_present_mode_and_leaves_no_t
         model = pruned_net().train(train)
         by_grad, state = copy.deepcopy(model), copy.deepcopy(model.state_dict())
         inputs, targets = batch()
-        F.cross_entropy(by_grad(inputs), targets).backward()
+        with pu.dense_gradients(by_grad):
+            F.cross_entropy(by_grad(inputs), targets).backward()
         generator_state = torch.random.get_rng_state()
         masks = regrow(model, 0.4, data=(inputs, targets))
         expected = regrow(by_grad, 0.4)
@@ -129,7 +130,8 @@ def test_grown_weights_start_at_zero_without_optimizer_state_and_then_train(make
     start = counts(pu.get_masks(model))
     for step in range(6):
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), targets).backward()
+        with pu.dense_gradients(model):
+            F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
         before = pu.get_masks(model)
         after = regrow(model, 0.3, grow, seed=step)
@@ -144,6 +146,19 @@ def test_grown_weights_start_at_zero_without_optimizer_state_and_then_train(make
     F.cross_entropy(model(inputs), targets).backward()
     optimizer.step()
     assert sum(int(w[grown[n]].count_nonzero()) for n, w in pu.prunable_weights(model).items()) > 0
+
+
+def test_masked_gradients_cannot_tell_where_weights_should_grow():
+    model, (inputs, targets) = pruned_net(), batch()
+    F.cross_entropy(model(inputs), targets).backward()
+    before = pu.get_masks(model)
+    with pytest.raises(ValueError, match="masked; run the backward pass inside `with pu.dense_gradients"):
+        regrow(model, 0.3)
+    assert all(torch.equal(mask, before[name]) for name, mask in pu.get_masks(model).items())
+    model.zero_grad()
+    with pu.dense_gradients(model):
+        F.cross_entropy(model(inputs), targets).backward()
+    assert pu.count(model).kept == regrow(model, 0.3).kept
 
 
 def test_random_growth_depends_on_the_seed_alone():
