@@ -48,7 +48,7 @@ def score_distribution(
         ['exactly zero: 2 of 4 (50 %)', 'threshold 0.1: 3 below (75 %)']
     """
     parts = scores.items() if isinstance(scores, Mapping) else [("scores", scores)]
-    values = np.concatenate([flat(tensor, name).numpy() for name, tensor in parts] or [np.empty(0)])
+    values = np.concatenate([flat(tensor, name)[0].numpy() for name, tensor in parts] or [np.empty(0)])
     if not values.size:
         raise ValueError("scores is empty")
     own, ax = ax is None, ax or style.axes((WIDTH, 4.0))

@@ -86,24 +86,21 @@ def weight_histograms(
     for name, weight in weights.items():
         if before is not None and name not in before:
             raise ValueError(f"before has no {name!r}; {nearest(name, before)}")
-        now = flat(weight, name)
+        now, ends = flat(weight, name)
         keep = masks[name].reshape(-1).cpu() if name in masks else now != 0
-        old = None if before is None else flat(before[name], f"before: {name}")
+        old, more = (None, ()) if before is None else flat(before[name], f"before: {name}")
         # With `before` the range follows all weights, so that it stands still while a slider moves the sparsity.
         limit = _reach(now, keep) if old is None else max(_reach(old), _reach(now))
-        layers[name] = now, keep, old, limit
+        layers[name] = now, keep, old, (*ends, *more), limit
     widest = max(limit for *_, limit in layers.values()) or 1.0
-    return [
-        _histogram(layer_name(name), now, keep, old, limit or widest, bins)  # an empty layer has no range of its own
-        for name, (now, keep, old, limit) in layers.items()
-    ]
-
-
-def _histogram(layer, now, keep, old, limit, bins):
-    n = bins or _odd(2.2 * math.sqrt(now.numel()))
-    edges = _edges(limit, n, [now] if old is None else [now, old])
-    before = None if old is None else _count(_bins(old, limit, n), None, n)
-    return LayerHistogram(layer, edges, _count(_bins(now, limit, n), keep, n), before, float(limit), now.numel())
+    rows = []
+    for name, (now, keep, old, ends, limit) in layers.items():
+        limit, n = limit or widest, bins or _odd(2.2 * math.sqrt(now.numel()))  # an empty layer has no range of its own
+        ghost = None if old is None else _count(_bins(old, limit, n), None, n)
+        counts = _count(_bins(now, limit, n), keep, n)
+        edges = _edges(limit, n, ends, now.numpy().dtype)
+        rows.append(LayerHistogram(layer_name(name), edges, counts, ghost, limit, now.numel()))
+    return rows
 
 
 class BinnedWeights:
@@ -116,13 +113,13 @@ class BinnedWeights:
     def __init__(self, weights: Mapping[str, torch.Tensor]):
         self._layers = []  # name, bins, edges, counts of all, counts of those that are not zero, limit
         values = {name: flat(weight, name) for name, weight in weights.items()}
-        limits = {name: _reach(value) for name, value in values.items()}
+        limits = {name: _reach(value) for name, (value, _) in values.items()}
         widest = max(limits.values()) or 1.0
-        for name, value in values.items():
+        for name, (value, ends) in values.items():
             limit, n = limits[name] or widest, _odd(2.2 * math.sqrt(value.numel()))
             bins = _bins(value, limit, n)
             counts = _count(bins, None, n), _count(bins, value != 0, n)
-            self._layers.append((name, bins, _edges(limit, n, [value]), *counts, limit))
+            self._layers.append((name, bins, _edges(limit, n, ends, value.numpy().dtype), *counts, limit))
 
     def histograms(self, masks: Mapping[str, torch.Tensor], before: bool = True) -> list[LayerHistogram]:
         """Count what masks keep; in a layer without one, the weights that are not zero."""
@@ -131,17 +128,21 @@ class BinnedWeights:
             keep = masks[name].reshape(-1).cpu() if name in masks else None
             counts = not_zero if keep is None else _count(bins, keep, len(everything))
             ghost = everything if before else None
-            rows.append(LayerHistogram(layer_name(name), edges, counts, ghost, float(limit), bins.numel()))
+            rows.append(LayerHistogram(layer_name(name), edges, counts, ghost, limit, bins.numel()))
         return rows
 
 
-def flat(tensor, name: str) -> torch.Tensor:
-    """Return a tensor's values in one dimension, on the CPU, as float32 or float64; raise ValueError if not finite."""
+def flat(tensor, name: str) -> tuple[torch.Tensor, tuple[float, ...]]:
+    """Return the values of a tensor in one dimension, on the CPU, as float32 or float64, and the smallest and largest.
+
+    Raises ValueError if one is not finite.
+    """
     tensor = torch.as_tensor(tensor).detach().cpu()
     values = (tensor if tensor.dtype == torch.float64 else tensor.float()).reshape(-1)
-    if values.numel() and not math.isfinite(sum(end.item() for end in torch.aminmax(values))):
+    ends = tuple(end.item() for end in torch.aminmax(values)) if values.numel() else ()
+    if not math.isfinite(sum(ends)):
         raise ValueError(f"{name} holds values that are not finite")
-    return values
+    return values, ends
 
 
 def _reach(values, keep=None, quantile=0.9995) -> float:
@@ -152,8 +153,8 @@ def _reach(values, keep=None, quantile=0.9995) -> float:
         part = values[keep]  # few enough to be looked at one by one
     if not len(part):
         return 0.0
-    place = math.ceil(quantile * (len(part) - 1))
-    return float(np.partition(part.abs().numpy(), place)[place])
+    beyond = len(part) - math.ceil(quantile * (len(part) - 1))
+    return part.abs().topk(beyond).values[-1].item()
 
 
 def _odd(number) -> int:
@@ -164,16 +165,15 @@ def _bins(values, limit, n) -> torch.Tensor:
     """The bin of each value: those beyond the limit are in the outermost."""
     scale, half = n / (2 * limit), n // 2
     whole = torch.round if n % 2 else torch.floor
-    found = torch.empty(values.numel(), dtype=torch.uint8 if n < 256 else torch.int32)
+    found = torch.empty(values.numel(), dtype=torch.uint8 if n <= 128 else torch.int32)
     for piece, part in zip(values.split(_PIECE), found.split(_PIECE)):
         place = torch.mul(piece, scale)  # and nothing is added to it, which would round once more
         part.copy_(whole(place, out=place).clamp_(-half, n - 1 - half).add_(half))
     return found
 
 
-def _edges(limit, n, parts) -> np.ndarray:
+def _edges(limit, n, ends, dtype) -> np.ndarray:
     """Where the bins of `_bins` end, to the last bit: the nominal ends may be off by a rounding."""
-    dtype = parts[0].numpy().dtype
     nominal = ((np.arange(1, n) - n / 2) * (2 * limit / n)).astype(dtype)
     around = [nominal]
     for _ in range(4):
@@ -181,18 +181,18 @@ def _edges(limit, n, parts) -> np.ndarray:
     around = np.stack(around)
     reached = _bins(torch.from_numpy(around.reshape(-1)), limit, n).numpy().reshape(around.shape) >= np.arange(1, n)
     inner = np.take_along_axis(around, reached.argmax(0)[None], 0)[0]
-    ends = [end.item() for part in parts for end in torch.aminmax(part)]
     return np.concatenate([[min(-limit, *ends)], inner, [max(limit, *ends)]]).astype(dtype)
 
 
 def _count(bins, keep, n) -> np.ndarray:
     """How many of the values that are kept lie in each bin."""
-    counts, out = torch.zeros(n + 1, dtype=torch.int64), torch.tensor(n, dtype=bins.dtype)
+    counts = torch.zeros(2 * n, dtype=torch.int64)
     for start in range(0, bins.numel(), _PIECE):
-        piece = slice(start, start + _PIECE)
-        kept = bins[piece] if keep is None else torch.where(keep[piece], bins[piece], out)
-        counts += torch.bincount(kept, minlength=n + 1)
-    return counts[:n].numpy()
+        piece = bins[start : start + _PIECE]
+        if keep is not None:  # those kept are counted n bins further on: much faster than to pick them out
+            piece = torch.add(piece, keep[start : start + _PIECE].view(torch.uint8), alpha=n)
+        counts += torch.bincount(piece, minlength=2 * n)
+    return (counts[:n] if keep is None else counts[n:]).numpy()
 
 
 def kind_for(n: int, flat: bool = False) -> str:

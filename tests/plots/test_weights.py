@@ -80,7 +80,7 @@ def test_counts_are_numpys_on_the_weights_that_the_mask_keeps(seed, density, bin
 @pytest.mark.parametrize("n", [3, 20, 81])
 @pytest.mark.parametrize("limit", [0.07, 1.0, 3e-9])
 def test_the_ends_of_the_bins_are_exact_to_the_last_bit(n, limit):
-    edges = plots_weights._edges(limit, n, [torch.tensor([-limit, limit])])[1:-1]
+    edges = plots_weights._edges(limit, n, (-limit, limit), np.dtype("float32"))[1:-1]
     below = np.nextafter(edges, np.float32(-np.inf))
     assert plots_weights._bins(torch.from_numpy(edges), limit, n).tolist() == list(range(1, n))
     assert plots_weights._bins(torch.from_numpy(below), limit, n).tolist() == list(range(n - 1))
