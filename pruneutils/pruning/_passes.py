@@ -2,11 +2,13 @@
 
 What a layer gets from a repair depends on all batches, and what the next layer reads depends on that. Running all
 batches anew for each layer would take as many passes as there are layers. Here each batch is run once, in a thread of
-its own that waits at every layer until the others have come as far. Only one thread runs at a time.
+its own that waits at every layer until the others have come as far; only one thread runs at a time. What waits is kept
+in memory, so this begins where activations are small.
 """
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,6 +16,10 @@ from torch import nn
 
 from .._checks import is_pair
 from .._torch import device_of
+
+
+_WAITING = 2**28  # bytes that a layer may read on all samples together while their passes wait: 256 MiB
+_APART = "the batches take different ways through the network, so they cannot be taken through it side by side"
 
 
 def inputs_of(data: object, model: nn.Module) -> list[torch.Tensor]:
@@ -76,17 +82,55 @@ def stops(
             hook.remove()
 
 
-def side_by_side(passes: list[Iterator]) -> Iterator[tuple[nn.Module, list[torch.Tensor]]]:
-    """Yield (module, what each of the passes has there), with all passes at the same call."""
+def visits(
+    model: nn.Module, modules: Iterable[nn.Module], inputs: list[torch.Tensor], after: bool = False
+) -> Iterator[tuple[nn.Module, Iterable[torch.Tensor]]]:
+    """Yield (module, what it reads on each batch) at each call of the modules, all batches at the same call.
+
+    What is done to a module in between holds for everything behind it. With `after`, what it gives is yielded.
+    """
+    modules, seen = list(modules), Counter()
+    calls = []  # (module, how many calls of it there were before, bytes for all samples)
+    n_samples = sum(len(batch) for batch in inputs)
+    for module, tensor in stops(model, modules, inputs[0][:1], after):
+        calls.append((module, seen[module], tensor.numel() * tensor.element_size() * n_samples))
+        seen[module] += 1
+    # Large activations come first and few layers lie before them: there each layer costs passes of its own, that far.
+    start = 1 + max((i for i, (*_, size) in enumerate(calls) if size > _WAITING), default=-1)
+    for module, before, _ in calls[:start]:
+        yield module, (_nth(stops(model, [module], batch, after), before) for batch in inputs)
+    rest = {module for module, *_ in calls[start:]}
+    if rest:
+        skip = sum(module in rest for module, *_ in calls[:start])
+        yield from _side_by_side([stops(model, rest, batch, after) for batch in inputs], skip)
+
+
+def _nth(passing, before) -> torch.Tensor:
+    """What the call after `before` others is about; the pass ends there."""
+    try:
+        for _ in range(before):
+            next(passing)
+        return next(passing)[1]
+    except StopIteration:
+        raise ValueError(_APART) from None
+    finally:
+        passing.close()
+
+
+def _side_by_side(passes, skip) -> Iterator[tuple[nn.Module, list[torch.Tensor]]]:
+    """Take all passes from call to call; the first `skip` of them are passed over."""
     try:
         while True:
             here = [next(each, None) for each in passes]
             if all(stop is None for stop in here):
                 return
             if any(stop is None or stop[0] is not here[0][0] for stop in here):
-                raise ValueError("the batches take different ways through the network, so they cannot go side by side")
+                raise ValueError(_APART)
             module, tensors = here[0][0], [tensor for _, tensor in here]
             del here  # nothing but the passes themselves shall hold on to their tensors
+            if skip > 0:
+                skip -= 1
+                continue
             yield module, tensors
             del tensors
     finally:

@@ -185,8 +185,8 @@ def _check_possible(order: Order, terms, total, target, of, structure) -> None:
     least, before = order.amount(terms, len(order.units)), order.amount(terms, max(0, len(order.units) - 1))
     if least - total * (1 - target) > (before - least) / 2:
         raise ValueError(
-            f"ratio={target!r}: at most {1 - least / total:.4f} of the {of} can go, since every layer keeps some filters "
-            f"and {_reasons(structure)}"
+            f"ratio={target!r}: at most {1 - least / total:.4f} of the {of} can go; every layer keeps some, and "
+            f"{_reasons(structure)}"
         )
 
 

@@ -7,6 +7,7 @@ inputs and no labels.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from numbers import Real
 
@@ -18,7 +19,7 @@ from .._checks import is_pair
 from .._torch import device_of, in_mode
 from ..model_utils import accuracy, get_masks, layer_name, prunable_weights
 from ._leastsquares import add, fit
-from ._passes import inputs_of, side_by_side, stops
+from ._passes import inputs_of, stops, visits
 from ._slicing import removed_cuts
 
 _Norm = nn.modules.batchnorm._BatchNorm
@@ -41,8 +42,8 @@ def recalibrate(model: nn.Module, data: object, test: object = None) -> Recalibr
     The mean and the unbiased variance of each batch norm become those of its input over all samples of all batches,
     pooled in float64, in the network as it is afterwards: each layer is measured behind layers that are done already.
     So nothing is left of the old statistics, no moving average is involved, and it does not matter how the data is
-    divided into batches. It takes one pass. The batches go side by side from one batch norm to the next, so the
-    activations between two of them are in memory for all samples at once.
+    divided into batches. The batches go through the network side by side, from one batch norm to the next, in one pass;
+    the first layers, where activations of all samples are too large to wait for each other, take a short one each.
 
     Args:
         model: A model with batch norm.
@@ -78,8 +79,8 @@ def recalibrate(model: nn.Module, data: object, test: object = None) -> Recalibr
     saved = [buffer.clone() for buffer in buffers]
     tallies: dict[nn.Module, _Tally] = {}
     try:
-        with in_mode(model, training=False):
-            for module, tensors in side_by_side([stops(model, names, x) for x in inputs]):
+        with in_mode(model, training=False), closing(visits(model, names, inputs)) as calls:
+            for module, tensors in calls:
                 tally = tallies.setdefault(module, _Tally())
                 for tensor in tensors:
                     tally.add(tensor)
@@ -147,12 +148,12 @@ def reconstruct(
 
         sum || W x - (y - bias) ||^2  +  damping * (mean over inputs of sum x^2) * || W - W_now ||^2
 
-    The sums run over all samples and positions: x is what the layer reads in the pruned network, whose layers before it are fitted
-    already, and y what the same layer gives in the dense network. Masks stay as they are, and so do biases and batch
-    norms. Where `prune_filters` has removed filters, y are the outputs of those that are left. It takes one pass of both
-    networks. In memory are the matrices sum x x^T and sum x y^T of one layer, and the activations between two layers for
-    all samples. A layer that is called more than once stays as it is, and so does one that is used as a function, such
-    as the output projection of `nn.MultiheadAttention`.
+    The sums run over all samples and positions. x is what the layer reads in the pruned network, whose layers before it
+    are fitted already, and y is what the same layer gives in the dense network. Masks, biases and batch norms stay as
+    they are. Where `prune_filters` has removed filters, y are the outputs of those that are left. The batches go
+    through both networks side by side as in `recalibrate`, so only one layer's matrices are in memory, sum x x^T and
+    sum x y^T. A layer that is called more than once stays as it is, and so does one that is used as a function, such as
+    the output projection of `nn.MultiheadAttention`.
 
     Args:
         model: The pruned network.
@@ -196,21 +197,22 @@ def reconstruct(
     saved = [(p, p.detach().clone()) for module in layers for p in module._parameters.values() if p is not None]
     table = []
     try:
-        with in_mode(model, training=False), in_mode(dense, training=False):
-            once = [module for module in layers if calls.get(module) == 1]
-            twins = [dense.get_submodule(layer_name(layers[module])) for module in once]
-            wanted = side_by_side([stops(dense, twins, x.to(device_of(dense)), after=True) for x in inputs])
-            for module, reads in side_by_side([stops(model, once, x) for x in inputs]):
+        once = [module for module in layers if calls.get(module) == 1]
+        twins = [dense.get_submodule(layer_name(layers[module])) for module in once]
+        with (
+            in_mode(model, training=False),
+            in_mode(dense, training=False),
+            closing(visits(model, once, inputs)) as found,
+            closing(visits(dense, twins, [x.to(device_of(dense)) for x in inputs], after=True)) as wanted,
+        ):
+            for (module, reads), (_, gives) in zip(found, wanted, strict=True):
                 name, sums = layers[module], None
-                _, gives = next(wanted)
                 for x, y in zip(reads, gives, strict=True):
                     y = y if isinstance(module, nn.Linear) else y.movedim(1, -1)
                     y = y if len(rows[name]) == y.shape[-1] else y[..., rows[name]]
                     sums = add(sums, module, x, y.to(x.device), fit_bias)
                 if not (torch.isfinite(sums.xx).all() and torch.isfinite(sums.xy).all()):
-                    raise ValueError(
-                        f"{layer_name(name)}: its inputs or the outputs of the dense layer are NaN or infinite"
-                    )
+                    raise ValueError(f"{layer_name(name)}: what it reads, or gives in dense, is NaN or infinite")
                 keep = masks[name] if name in masks else module.weight != 0
                 table.append((layer_name(name), *fit(module, keep, sums, damping, fit_bias)))
     except BaseException:

@@ -353,6 +353,32 @@ def test_a_layer_that_is_called_twice_stays():
     assert torch.equal(model.layer.weight, before)
 
 
+@pytest.mark.parametrize("waiting", [0, 40_000])
+def test_batches_that_cannot_wait_for_each_other_are_run_anew(waiting, monkeypatch):
+    """The same to the bit, whether all, some or no layers are visited side by side; one batch norm is called twice."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.norm(self.b(torch.relu(self.norm(self.a(x)))))
+            return self.last(torch.nn.functional.avg_pool2d(x, 6).flatten(1))
+
+    torch.manual_seed(0)
+    dense, x = Twice(), images(30)
+    model = copy.deepcopy(dense)
+    pu.prune(model, sparsity=0.5)
+    other = copy.deepcopy(model)
+    wanted = pu.recalibrate(model, x.split(8)), pu.reconstruct(model, dense, x.split(8))
+    monkeypatch.setattr("pruneutils.pruning._passes._WAITING", waiting)
+    found = pu.recalibrate(other, x.split(8)), pu.reconstruct(other, dense, x.split(8))
+    assert found[0] == wanted[0] and found[1].equals(wanted[1])
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_no_thread_is_left_behind():
     model, dense = pruned_pair("lenet5")
     before = threading.active_count()
@@ -369,7 +395,7 @@ def test_what_goes_wrong_leaves_the_weights_alone():
     before = copy.deepcopy(model.state_dict())
     x = torch.rand(20, 1, 28, 28)
     dense.conv2.weight.data[0, 0, 0, 0] = float("inf")
-    with pytest.raises(ValueError, match="conv2: its inputs or the outputs of the dense layer are NaN or infinite"):
+    with pytest.raises(ValueError, match="conv2: what it reads, or gives in dense, is NaN or infinite"):
         pu.reconstruct(model, dense, x)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
