@@ -285,3 +285,18 @@ def test_the_explorers_picture_is_whole():
         draw_panel(figure, layers, pu.layer_table(model), names[1:2], "dotted: 7 scores tie at the cut", style)
         assert not touches_the_border(print_figure(figure, bbox_inches="tight"))
         assert_texts_are_legible(figure)
+
+
+def test_the_explorers_picture_does_not_depend_on_what_was_drawn_before():
+    for names in (LENET300, RESNET10):
+        model, dense = dense_and_pruned(names, names[1:])
+        drawn = []
+        for earlier in ((), (names[:1], []), (names[2:], names)):
+            figure = plt.figure()
+            for empty in (*earlier, names[1:]):
+                model, dense = dense_and_pruned(names, empty)
+                layers = plots.weight_histograms(model, dense)
+                draw_panel(figure, layers, pu.layer_table(model), empty, f"{len(empty)} layers", "light")
+            drawn.append(io.BytesIO())
+            figure.savefig(drawn[-1])
+        assert len({png.getvalue() for png in drawn}) == 1

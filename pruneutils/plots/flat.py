@@ -29,7 +29,9 @@ def rows_with_names(ax: Axes, names: list[str], lit: list[int], style: Style, si
         if all(abs(row - other) >= step for other in shown):
             shown.append(row)
     shown.sort()
-    ax.set_yticks(shown, [names[row] for row in shown])
+    texts = [names[row] for row in shown]
+    if list(ax.get_yticks()) != shown or [label.get_text() for label in ax.get_yticklabels()] != texts:
+        ax.set_yticks(shown, texts)  # the explorer draws into the same Axes at every move, and making ticks is slow
     ax.tick_params(axis="y", length=0, labelsize=size, labelcolor=style.text)
     for row, label in zip(shown, ax.get_yticklabels()):
         label.set_color(style.alarm if row in lit else style.text)
