@@ -17,7 +17,6 @@ from torch import nn
 from .._checks import is_pair
 from .._torch import device_of
 
-
 _WAITING = 2**28  # bytes that a layer may read on all samples together while their passes wait: 256 MiB
 _APART = "the batches take different ways through the network, so they cannot be taken through it side by side"
 
