@@ -51,26 +51,21 @@ def terms_of(model: nn.Module, groups: list[Group], of: str, inputs: torch.Tenso
 
 def _mac_terms(model, cutting, inputs) -> list[Term]:
     """MACs of one input as `cost` counts them: layers, their biases, attention, and the rest, which nothing changes."""
-    table, products = _count_macs(model, inputs)
-    weights = prunable_weights(model)
-    terms = []
-    for name, macs, added in zip(weights, table["macs"].tolist(), table["bias_macs"].tolist()):
-        terms.append(Term(macs - added, tuple(cutting.get(name, ()))))
-        products -= macs - added
-        if added:
-            terms.append(Term(added, tuple(cutting.get(f"{name.removesuffix('weight')}bias", ()))))
-    positions = dict(zip(table["layer"], (table["macs"] - table["bias_macs"]) // table["total"]))
-    for layer, module in model.named_modules():
-        kind = kind_of_attention(module)
-        if not kind or (layer, "heads") not in {key for keys in cutting.values() for key in keys}:
-            continue
-        tokens = positions[f"{layer}.out_proj" if kind == "torch" else f"{layer}.qkv"]
-        amount = 2 * tokens * tokens * module.num_heads * module.head_dim
-        if kind == "torch":
-            amount += tokens * module.in_proj_weight.numel()
-        terms.append(Term(int(amount), ((layer, "heads"),)))
-        products -= int(amount)
-    return [*terms, Term(int(products), ())]
+    _, products = _count_macs(model, inputs)
+    weights, terms, rest = prunable_weights(model), [], products.total + products.biases
+    for name in weights:
+        terms.append(Term(products.dense_of[name], tuple(cutting.get(name, ()))))
+        terms.append(Term(products.bias_of[name], tuple(cutting.get(f"{name.removesuffix('weight')}bias", ()))))
+    heads = {layer for keys in cutting.values() for layer, role in keys if role == "heads"}
+    for layer in heads:
+        module = model.get_submodule(layer)
+        width, torch_own = module.num_heads * module.head_dim, kind_of_attention(module) == "torch"
+        name = f"{layer}.out_proj.weight" if torch_own else f"{layer}.qkv.weight"
+        tokens = products.dense_of[name] // weights[name].numel()
+        terms.append(Term(2 * tokens * tokens * width, ((layer, "heads"),)))
+        if torch_own:  # whose projection of queries, keys and values is no prunable weight
+            terms.append(Term(tokens * module.in_proj_weight.numel(), ((layer, "heads"),)))
+    return [*terms, Term(rest - sum(term.amount for term in terms), ())]
 
 
 @dataclass(frozen=True)

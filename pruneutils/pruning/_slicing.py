@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..model_utils import get_masks, make_permanent, set_masks
+from ..model_utils import get_masks, replace_mask
 from .attention import NarrowAttention
 
 Kept = Mapping[tuple[str, str], torch.Tensor]
@@ -139,12 +139,11 @@ def cut(model: nn.Module, kept: Kept) -> Callable[[], None]:
             before.append((owner, name, getattr(owner, name)))
             setattr(owner, name, value)
     model.removed = record
-    make_permanent(model)
-    set_masks(model, masks | new_masks)
+    for name, mask in new_masks.items():
+        replace_mask(model, name, mask)
     SUCCESSORS.update(successors)
 
     def take_back() -> None:
-        make_permanent(model)
         for owner, name, value in reversed(before):
             setattr(owner, name, value)
         for old in successors:
@@ -153,7 +152,7 @@ def cut(model: nn.Module, kept: Kept) -> Callable[[], None]:
             del model.removed
         else:
             model.removed = history
-        set_masks(model, masks)
+        get_masks(model)  # so that the layers hold the masks of their old parameters again
 
     return take_back
 
