@@ -18,6 +18,7 @@ import platformdirs
 import torch
 
 from .. import _safetensors
+from .._checks import callers_level
 
 _FORMAT = "2"  # of the cache files; part of their names, so that two versions do not overwrite each other's
 
@@ -48,7 +49,7 @@ def cached(
         _safetensors.write(path, tensors, {"stamp": stamp, "facts": json.dumps(facts)})
     except OSError as error:
         message = f"no cache is kept in {path.parent} ({error}); the files of {key} are read each time"
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=callers_level())
     return built
 
 

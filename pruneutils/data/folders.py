@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .._checks import one_of, whole
+from .._checks import callers_level, one_of, whole
 
 _SUFFIXES = tuple(".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 .avif".split())
 _BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
@@ -103,7 +103,7 @@ def _list_classes(folder):
     if junk:
         more = f" and {len(junk) - 3} more" if len(junk) > 3 else ""
         message = f"skipped {len(junk)} without the name of an image file: {', '.join(sorted(junk)[:3])}{more}"
-        warnings.warn(message, stacklevel=6)
+        warnings.warn(message, stacklevel=callers_level())
     return classes
 
 
