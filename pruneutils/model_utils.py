@@ -37,6 +37,7 @@ __all__ = [
     "masked",
     "match_layers",
     "prunable_weights",
+    "replace_mask",
     "restore",
     "revived",
     "set_masks",
@@ -155,6 +156,16 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
         >>> pu.set_masks(model, {name: weight != 0 for name, weight in pu.prunable_weights(model).items()})
     """
     attach_masks(model, check_masks(model, masks))
+
+
+def replace_mask(model: nn.Module, name: str, mask: torch.Tensor) -> None:
+    """Give one weight a new mask after the parameter was replaced by one of any shape, such as after its filters went.
+
+    Other weights are not looked at, so the layers of a model can be replaced one after the other. What `restore` would
+    have brought back to this weight is forgotten. Raises ValueError as `set_masks` does.
+    """
+    attach_masks(model, check_masks(model, {name: mask}))
+    _masks.mask_of(prunable_weights(model)[name]).original = None
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
