@@ -493,7 +493,7 @@ def tell_prunings(frame: pd.DataFrame | None, target: float) -> str:
         if apart:
             told += f" {', '.join(apart)} {'differs' if len(apart) == 1 else 'differ'} from one pruning"
         if rest:
-            told += f"{';' if apart else ''} {', '.join(rest)} cannot be told apart from {'it' if apart else 'one pruning'}"
+            told += f"{';' if apart else ''} {', '.join(rest)} cannot be told apart from one pruning"
         sentences.append(told + ".")
     return " ".join(sentences)
 
