@@ -147,7 +147,7 @@ def sparsity_heatmap(
             ink = _ink(image, shade[row, column])
             ax.text(column, row, percent(value, decimals=1, sign=""), color=ink, fontsize=7.5, **look)
     ticks = [t for t in _BAR_TICKS if spread(t) <= image.norm.vmax]
-    _color_bar(ax, image, spread(ticks), [EachPercent()(t) for t in ticks], "sparsity (log scale)", style)
+    _color_bar(ax, image, spread(ticks), [EachPercent()(t) for t in ticks], "sparsity (log scale; cells in %)", style)
     if (grid == 1).any():
         ax.set_xlabel("× no weight is left", color=style.alarm, loc="left")
     return ax
