@@ -97,7 +97,7 @@ def prune_filters(
         >>> sum(module.out_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d))  # of 4,224
         2112
     """
-    targets = _targets(ratio, rounds, schedule)
+    targets = targets_of(ratio, rounds, schedule)
     _checks.one_of("of", of, QUANTITIES)
     _checks.fraction("min_density", min_density)
     if isinstance(data, Iterator):
@@ -137,9 +137,15 @@ def filter_table(model: nn.Module) -> pd.DataFrame:
 
     Example:
         >>> model = pu.models.create("lenet300")
+<<<<<<< HEAD
         >>> _ = pu.prune_filters(model, ratio=0.5, example_inputs=torch.rand(1, 1, 28, 28))
         >>> pu.filter_table(model)["before"].sum().item()
         400
+=======
+        >>> model = pu.prune_filters(model, "l1", ratio=0.5, example_inputs=torch.rand(1, 1, 28, 28))
+        >>> pu.filter_table(model)[["layer", "before"]].values.tolist()
+        [['fc1', 300], ['fc2', 100]]
+>>>>>>> filters
     """
     rows = []
     for layer, module in model.named_modules():
@@ -153,8 +159,8 @@ def filter_table(model: nn.Module) -> pd.DataFrame:
 # --- What is asked for -----------------------------------------------------------------------------------------------
 
 
-def _targets(ratio, rounds, schedule) -> list[float]:
-    """The fraction that is gone after each round."""
+def targets_of(ratio: float | Sequence[float], rounds: int, schedule: str | schedules.Schedule) -> list[float]:
+    """Return the fraction that is gone after each round; ValueError if that cannot be."""
     step_to = _checks.choose("schedule", schedule, schedules.SCHEDULES)
     if isinstance(ratio, Sequence) and not isinstance(ratio, str):
         targets = [_checks.fraction("ratio: each", each) for each in ratio]

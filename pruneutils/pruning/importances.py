@@ -352,7 +352,7 @@ def filter_scores(
     """
     if example_inputs is None and is_pair(data):
         example_inputs = data[0][:1]
-    call, name = _bound(importance, data, loss_fn, seed, example_inputs, options)
+    call, name = bind(importance, data, loss_fn, seed, example_inputs, options)
     weights = filter_weights(model)
     with criteria._untouched(model, train_mode=False, seed=seed):
         for p in model.parameters():  # put back with the rest
@@ -373,7 +373,7 @@ def filter_scores(
     return scores
 
 
-def _bound(importance, data, loss_fn, seed, example_inputs, options) -> tuple[Callable, str]:
+def bind(importance, data, loss_fn, seed, example_inputs, options) -> tuple[Callable, str]:
     """Give a measure everything but the model; everything wrong with the arguments raises here."""
     if isinstance(importance, str) and importance not in _IMPORTANCES:
         if importance not in criteria.list_criteria():

@@ -16,7 +16,8 @@ def rebind_optimizer(
         optimizer: Any torch optimizer, in place. Groups, learning rates and schedulers stay as they are.
         model: The model, after the removal.
         preserve_momentum: Whether the optimizer keeps its state (momentum, second moments, step counts) for the filters
-            that are left. State that is not one number a weight or one number in all starts anew.
+            that are left, or forgets it for all parameters of the model. A layer that has lost filters keeps its state
+            only if that is one number a weight or one number in all.
 
     Returns:
         The optimizer.
@@ -45,11 +46,13 @@ def rebind_optimizer(
             continue
         params[position] = new
         state = optimizer.state.pop(old, {})
-        if preserve_momentum and state and _by_weight(state, old):
+        if state and _by_weight(state, old):
             optimizer.state[new] = {
                 key: sliced(value, cuts) if torch.is_tensor(value) and value.shape == old.shape else value
                 for key, value in state.items()
             }
+    for parameter in model.parameters() if not preserve_momentum else ():
+        optimizer.state.pop(parameter, None)
     if hasattr(optimizer, "_numel_cache"):
         optimizer._numel_cache = None  # LBFGS remembers the length of all its parameters together
     return optimizer

@@ -2,6 +2,7 @@
 
 from .backward import backward_pruned
 from .dynamic import drop_fraction_at, dynamic_sparsity, regrow
+from .gradual_filters import gradual_filters
 from .gradual_pruning import gradual, gradual_sparsity
 from .loop import DivergenceError, fit
 from .lottery import lottery_ticket
@@ -14,6 +15,7 @@ __all__ = [
     "dynamic_sparsity",
     "fit",
     "gradual",
+    "gradual_filters",
     "gradual_sparsity",
     "lottery_ticket",
     "regrow",

@@ -91,9 +91,7 @@ def test_the_next_step_is_that_of_the_masked_network():
 def test_momentum_can_be_dropped():
     model, optimizer = trained("adamw")
     pu.prune_filters(model, "l1", 0.3, X[:1], optimizer=optimizer, preserve_momentum=False)
-    changed = {f"{layer}.{part}" for layer in model.removed for part in ("weight", "bias")} - {"fc2.bias"}
-    for name, p in model.named_parameters():
-        assert (len(optimizer.state.get(p, {})) == 0) == (name in changed), name
+    assert not optimizer.state
     step(model, optimizer)
 
 
