@@ -137,15 +137,9 @@ def filter_table(model: nn.Module) -> pd.DataFrame:
 
     Example:
         >>> model = pu.models.create("lenet300")
-<<<<<<< HEAD
-        >>> _ = pu.prune_filters(model, ratio=0.5, example_inputs=torch.rand(1, 1, 28, 28))
-        >>> pu.filter_table(model)["before"].sum().item()
-        400
-=======
         >>> model = pu.prune_filters(model, "l1", ratio=0.5, example_inputs=torch.rand(1, 1, 28, 28))
         >>> pu.filter_table(model)[["layer", "before"]].values.tolist()
         [['fc1', 300], ['fc2', 100]]
->>>>>>> filters
     """
     rows = []
     for layer, module in model.named_modules():
