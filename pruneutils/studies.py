@@ -1263,9 +1263,14 @@ def train_pruned_grid(
 
 
 def after_equal_epochs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Select the measurements of `train_pruned` after equally many epochs in all, a row per run."""
-    epochs = runs.epochs[runs.method == "random"].iloc[0]
-    return runs[runs.pre_epochs + runs.epoch == epochs]
+    """Select the measurements of `train_pruned` after equally many epochs in all, a row per run.
+
+    Compressions at which an arm has fewer than five seeds so far are left out.
+    """
+    runs = runs[runs.pre_epochs + runs.epoch == (runs.pre_epochs + runs.epochs).min()]
+    seeds = runs.groupby(["compression", "method", "control"]).seed.nunique()
+    enough = seeds.groupby("compression").min() >= ENOUGH_SEEDS
+    return runs[runs.compression.isin(enough[enough].index)]
 
 
 def with_all_layers(runs: pd.DataFrame) -> pd.DataFrame:
@@ -1320,13 +1325,13 @@ def headline(runs: pd.DataFrame) -> str:
     Returns:
         Markdown.
     """
+    if runs.empty:
+        return f"No compression is recorded with {ENOUGH_SEEDS} seeds of every arm yet, so there is no verdict."
     chosen = runs[(runs.control == "none") & runs.compression.isin([0, 1])]
     means = 100 * chosen.groupby("method").accuracy.mean().sort_values(ascending=False)
-    epochs, seeds = runs.epochs[runs.method == "random"].iloc[0], chosen.seed.nunique()
+    epochs, seeds = (runs.pre_epochs + runs.epoch).iloc[0], chosen.seed.nunique()
     told = f"**With 10 % of the weights, after {epochs} epochs on {runs.data.iloc[0]}** (mean of {seeds} seeds): "
     told += ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items()) + ".\n\n"
-    if seeds < ENOUGH_SEEDS:
-        return told + f"{seeds} of {ENOUGH_SEEDS} seeds give no verdict."
     rows = answers(chosen, "is it better than random?")
     told += "**Against random pruning:** " + "; ".join(in_words(row) for _, row in rows.iterrows()) + "."
     if runs.control.nunique() > 1:
