@@ -1263,9 +1263,19 @@ def train_pruned_grid(
 
 
 def after_equal_epochs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Select the measurements of `train_pruned` after equally many epochs in all, a row per run."""
-    epochs = runs.epochs[runs.method == "random"].iloc[0]
-    return runs[runs.pre_epochs + runs.epoch == epochs]
+    """Select the measurements of `train_pruned` after equally many epochs in all, a row per run.
+
+    Compressions at which an arm has fewer than five seeds so far are left out.
+    """
+    runs = runs[runs.pre_epochs + runs.epoch == (runs.pre_epochs + runs.epochs).min()]
+    seeds = runs.groupby(["compression", "method", "control"]).seed.nunique()
+    enough = seeds.groupby("compression").min() >= ENOUGH_SEEDS
+    return runs[runs.compression.isin(enough[enough].index)]
+
+
+def with_all_layers(runs: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the arms of which most seeds have lost a whole layer: they are at chance, and flatten any picture."""
+    return runs[runs.groupby(["method", "compression", "control"]).empty_layers.transform("median") == 0]
 
 
 QUESTIONS = {
@@ -1298,7 +1308,7 @@ def answers(runs: pd.DataFrame, question: str) -> pd.DataFrame:
 
 def in_words(row: pd.Series) -> str:
     """Say what one row of `answers` found, with the difference in percentage points and its 95 % interval."""
-    told = "cannot be told apart from"
+    told = "equals" if row["verdict"] == "identical" else "cannot be told apart from"
     if row["differs"]:
         told = "beats" if row["larger"] == row["a"] else "loses to"
     name = row["method"] if row["a"] == "as scored" else row["a"]
@@ -1315,13 +1325,13 @@ def headline(runs: pd.DataFrame) -> str:
     Returns:
         Markdown.
     """
+    if runs.empty:
+        return f"No compression is recorded with {ENOUGH_SEEDS} seeds of every arm yet, so there is no verdict."
     chosen = runs[(runs.control == "none") & runs.compression.isin([0, 1])]
     means = 100 * chosen.groupby("method").accuracy.mean().sort_values(ascending=False)
-    epochs, seeds = runs.epochs[runs.method == "random"].iloc[0], chosen.seed.nunique()
+    epochs, seeds = (runs.pre_epochs + runs.epoch).iloc[0], chosen.seed.nunique()
     told = f"**With 10 % of the weights, after {epochs} epochs on {runs.data.iloc[0]}** (mean of {seeds} seeds): "
     told += ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items()) + ".\n\n"
-    if seeds < ENOUGH_SEEDS:
-        return told + f"{seeds} of {ENOUGH_SEEDS} seeds give no verdict."
     rows = answers(chosen, "is it better than random?")
     told += "**Against random pruning:** " + "; ".join(in_words(row) for _, row in rows.iterrows()) + "."
     if runs.control.nunique() > 1:
@@ -1384,3 +1394,81 @@ def _told(table: pd.DataFrame, words: str) -> str:
         for row in table.itertuples()
     ]
     return ", and ".join(told) or "nothing that could be measured above chance"
+# --- VGG-16 before training, beside the published table --------------------------------------------------------------
+
+PUBLISHED_WORK = pd.DataFrame(
+    {
+        "random": [0.8916, 0.7945, 0.6310, 0.3165, 0.1009, 0.0108],
+        "magnitude": [0.9477, 0.8991, 0.8151, 0.5634, 0.2283, 0.0322],  # after 200 epochs of training
+        "snip": [0.9377, 0.9268, 0.7812, 0.4622, 0.1979, 0.0411],
+        "grasp": [0.8201, 0.7295, 0.5711, 0.3781, 0.1751, 0.0586],
+        "synflow": [0.9488, 0.9026, 0.8217, 0.6423, 0.4571, 0.1845],
+    },
+    index=pd.Index([0.05, 0.1, 0.2, 0.5, 1, 2], name="compression"),
+)
+CLOSE = 0.002  # shares of the MACs that we call the same
+
+
+def work_left(frame: pd.DataFrame) -> pd.DataFrame:
+    """Reduce the rows of `at_initialization` to one per run and compression, with its share of the MACs left."""
+    columns = ["criterion", "iterations", "seed", "compression"]
+    return frame.drop_duplicates(columns)[[*columns, "mac_density"]].reset_index(drop=True)
+
+
+def beside_published_work(frame: pd.DataFrame) -> pd.DataFrame:
+    """Put our shares of the MACs beside the published ones.
+
+    Args:
+        frame: The rows of `at_initialization`.
+
+    Returns:
+        A row per criterion and compression: published, ours (seed 1), difference, lowest and highest of the seeds, and
+        `copied` (seed 1 with the ties and crops of the published code; NaN where the code makes no difference).
+    """
+    work = work_left(frame[frame.iterations == 1])
+    rows = []
+    for (name, compression), published in PUBLISHED_WORK.T.stack().items():
+        ours = work[(work.criterion == name) & (work.compression == compression)].set_index("seed").mac_density
+        copied = work[(work.criterion == name + AS_PUBLISHED) & (work.compression == compression) & (work.seed == 1)]
+        if 1 in ours.index:
+            rows.append({
+                "criterion": name, "compression": compression, "published": published, "ours": ours[1],
+                "difference": ours[1] - published, "lowest": ours.min(), "highest": ours.max(), "seeds": len(ours),
+                "copied": copied.mac_density.iloc[0] if len(copied) else float("nan"),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def emptied(frame: pd.DataFrame, criterion: str, iterations: int, compression: float) -> list[str]:
+    """List the layers that this run of seed 1 has left without any weight."""
+    run = frame[(frame.seed == 1) & (frame.criterion == criterion) & (frame.iterations == iterations)]
+    return run.layer[(run.compression == compression) & (run.kept == 0)].tolist()
+
+
+def tell_vgg16(frame: pd.DataFrame) -> str:
+    """Say in sentences how the counts agree with the published ones, and what several steps change for SynFlow.
+
+    Args:
+        frame: The rows of `at_initialization`.
+
+    Returns:
+        Markdown.
+    """
+    table = beside_published_work(frame)
+    far = table.assign(far=table.difference.abs()).groupby("criterion", sort=False).far
+    close = (table.difference.abs() <= CLOSE).sum()
+    told = f"**{close} of {len(table)} published shares of the MACs are rebuilt to within {CLOSE}.** The largest "
+    told += "difference is " + ", ".join(f"{value:.4f} for {name}" for name, value in far.max().items()) + ". "
+    copied = table.dropna(subset="copied")
+    after = (copied.copied - copied.published).abs().groupby(copied.criterion, sort=False).max()
+    if len(after):
+        told += "With the ties and the crops of the published code it falls to "
+        told += ", ".join(f"{value:.4f} for {name}" for name, value in after.items()) + ". "
+    several = frame[(frame.criterion == "synflow") & (frame.iterations > 1) & (frame.compression == 2)]
+    if len(several):
+        steps, empty = several.iterations.iloc[0], emptied(frame, "synflow", 1, 2)
+        told += f"\n\n**SynFlow at a = 2:** one step empties {len(empty)} layers ({', '.join(empty)}), so the network "
+        told += f"puts out the same for every image. {steps} steps leave at least {several.kept.min():,} weights in "
+        told += f"every layer, and {several.mac_density.iloc[0]:.4f} of the MACs instead of "
+        told += f"{table.ours[(table.criterion == 'synflow') & (table.compression == 2)].iloc[0]:.4f}."
+    return told

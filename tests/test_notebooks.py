@@ -53,7 +53,8 @@ def test_something_is_compared(notebook):
 
 def test_logic_lives_in_the_package(notebook):
     for cell in code(notebook):
-        assert len(source_of(cell).splitlines()) <= 25, source_of(cell)
+        if "parameters" not in tags(cell):  # one a line, whatever the number of sizes
+            assert len(source_of(cell).splitlines()) <= 25, source_of(cell)
 
 
 def test_is_small_enough_to_be_read_online(notebook):
