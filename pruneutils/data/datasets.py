@@ -127,7 +127,7 @@ def load(
     if download and not dataset.download:
         able = ", ".join(each for each, other in DATASETS.items() if other.download)
         raise ValueError(f"{name} cannot be downloaded; these can: {able}")
-    root = dataset.packaged() if dataset.packaged else _root(root)
+    root = dataset.packaged() if dataset.packaged else data_folder(root)
     try:
         parts = _find(name, root, how)
     except (OSError, ValueError) as error:
@@ -194,7 +194,8 @@ def load_folder(
     return images if device is None else images.to(device)
 
 
-def _root(root):
+def data_folder(root: str | os.PathLike | None = None) -> Path:
+    """Return the folder of the data: `root`, else PRUNEUTILS_DATA, else the nearest folder "data" here or above."""
     chosen = root or os.environ.get("PRUNEUTILS_DATA")
     if chosen:
         return Path(chosen).expanduser().absolute()

@@ -1,0 +1,136 @@
+"""Public checkpoints: adapted to the images at hand, and measured with and without evaluation mode."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import data, models
+from ..checkpoints import save
+from ..data import IMAGENET_MEAN_STD, Images
+from ..data.datasets import data_folder
+from ..model_utils import accuracy
+from ..training import fit
+
+CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
+
+
+def cifar10_as_published() -> tuple[Images, Images]:
+    """Load CIFAR-10 with the normalisation that the public ResNet checkpoints were trained with (ImageNet's).
+
+    Returns:
+        The training and the test images; `name` tells whether they are an image folder of JPEG files.
+    """
+    mean, std = IMAGENET_MEAN_STD
+    train, test = data.load("cifar10")
+    return replace(train, mean=mean, std=std), replace(test, mean=mean, std=std)
+
+
+def adapt(network: str, folder: str, epochs: int = 10, seed: int = 0, precision: str = "auto") -> list[dict]:
+    """Adapt a public CIFAR-10 checkpoint to the images at hand, and save the network.
+
+    JPEG images cost these checkpoints about ten points, so they are trained on: SGD with momentum .9 (Nesterov), a
+    learning rate of .01 that falls to 0 as a cosine, weight decay 5e-4, batches of 128, crops and mirror images.
+
+    Args:
+        network: "resnet20" or "resnet56"; the checkpoint lies in `checkpoints/` of the data folder.
+        folder: Where the network is saved, as `<network>_seed<seed>.safetensors`.
+        epochs: How often each image is seen.
+        seed: Of data order and augmentation.
+        precision: Of training and evaluation.
+
+    Returns:
+        A row per epoch as from `fit`, epoch 0 being the checkpoint as it came.
+    """
+    train, test = cifar10_as_published()
+    model = models.load_weights(models.create(network), data_folder() / "checkpoints" / CHECKPOINTS[network])
+    before = {"epoch": 0, "test_accuracy": accuracy(model, test, precision=precision), "precision": precision}
+
+    def decayed(parameters):
+        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    table = fit(
+        model,
+        train,
+        test,
+        epochs,
+        optimizer=decayed,
+        lr_schedule="cosine",
+        seed=seed,
+        precision=precision,
+        test_every=2,
+    )
+    after = accuracy(model, test)
+    facts = {"data": train.name, "epochs": epochs, "seed": seed, "accuracy": after}
+    save(model, Path(folder) / f"{network}_seed{seed}.safetensors", **facts)
+    rows = [before, *table.drop(columns="seconds").to_dict("records")]
+    return [row | {"data": train.name, "float32_accuracy": after} for row in rows]
+
+
+NETWORKS = "results/networks"  # where `adapt` has saved the dense networks of this repository
+
+
+def evaluation_mode(
+    network: str, mode: str, normalisation: str, batch_size: int = 128, order: int | None = None
+) -> dict:
+    """Measure a public checkpoint with running or batch statistics, normalised as trained or by (.5, .5).
+
+    A published pruning study never called `model.eval()` and normalised by (.5, .5); this takes the two apart.
+
+    Args:
+        network: "resnet20" or "resnet56".
+        mode: "running" (evaluation mode) or "batch" (training mode, whose statistics depend on the batch).
+        normalisation: "as trained" (ImageNet's mean and deviation) or "half".
+        batch_size: Of the evaluation.
+        order: The seed that shuffles the test images, as CIFAR-10's own files are shuffled; None leaves the images in
+            the order of the data. An image folder is read class by class, so its batches hold one class, or two.
+
+    Returns:
+        The accuracy on the 10,000 test images, a fraction, and the name of the data.
+    """
+    mean, std = IMAGENET_MEAN_STD if normalisation == "as trained" else ((0.5,) * 3, (0.5,) * 3)
+    _, test = data.load("cifar10")
+    test = replace(test, mean=mean, std=std)
+    if order is not None:
+        test = test.subset(len(test), order)
+    model = models.load_weights(models.create(network), data_folder() / "checkpoints" / CHECKPOINTS[network])
+    model.train(mode == "batch")
+    hits = 0
+    with torch.no_grad():
+        for inputs, targets in test.batches(batch_size, shuffle=False, augment=False):
+            hits += int((model(inputs).argmax(1) == targets).sum())
+    return {"accuracy": hits / len(test), "data": test.name}
+
+
+def accuracy_in_training_mode(
+    model: nn.Module, images: Images, batch_size: int = 128, order: int | None = None
+) -> float:
+    """Measure the accuracy of a network that was left in training mode, and leave the traces that this leaves.
+
+    Batch norm uses the statistics of each batch, so the answer to an image depends on its neighbours, and the running
+    statistics move towards those of the images.
+
+    Args:
+        model: Any classifier; it is in training mode afterwards.
+        images: What the accuracy is measured on.
+        batch_size: Images of a batch.
+        order: The seed that shuffles the images; None leaves them in their order.
+
+    Returns:
+        The accuracy, a float in [0, 1].
+
+    Example:
+        >>> from pruneutils import studies
+        >>> train, test = pu.data.load("digits")
+        >>> model = pu.models.create("lenet300")  # no batch norm: the mode makes no difference
+        >>> studies.accuracy_in_training_mode(model, test) == pu.accuracy(model, test)
+        True
+    """
+    shown = images if order is None else images.subset(len(images), order)
+    model.train()
+    with torch.no_grad():
+        hits = [
+            int((model(x).argmax(1) == y).sum()) for x, y in shown.batches(batch_size, shuffle=False, augment=False)
+        ]
+    return sum(hits) / len(images)
