@@ -1,4 +1,4 @@
-"""The invariants of `pruneutils._masks`, tried in random order: prune, step, load, tie, share, replace, copy, move, ..."""
+"""The invariants of `pruneutils._masks`, tried in random order: prune, step, load, tie, share, replace, copy, move."""
 
 import copy
 import gc
