@@ -3,11 +3,11 @@
 import doctest
 import importlib
 import inspect
-import os
 import pkgutil
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 import pruneutils as pu
 
@@ -71,7 +71,6 @@ def test_public_functions_are_annotated(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    os.environ.setdefault("MPLBACKEND", "Agg")
     registries = [pu.pruning.criteria._CRITERIA, pu.pruning.scopes.SCOPES, pu.pruning.schedules.SCHEDULES]
     registries += [pu.pruning.granularities.GRANULARITIES]
     before = [dict(registry) for registry in registries]
@@ -85,6 +84,7 @@ def test_examples_run(name, tmp_path, monkeypatch):
         for registry, content in zip(registries, before):
             registry.clear()
             registry.update(content)
+        plt.close("all")
     assert runner.failures == 0, "".join(told)
 
 
