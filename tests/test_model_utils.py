@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import pruneutils as pu
-from pruneutils import _masks, _torch
+from pruneutils import _torch
+from pruneutils._masks.mask import MASKS
 
 
 def net(seed=0):
@@ -400,7 +401,7 @@ def test_onnx_export_gives_the_same_outputs_and_zeros(tmp_path):
 
 def test_models_that_are_dropped_leave_nothing_behind():
     gc.collect()
-    before, alive = len(_masks._MASKS), []
+    before, alive = len(MASKS), []
     for seed in range(5):
         model = net(seed)
         optimizer = torch.optim.Adam(model.parameters())
@@ -411,7 +412,7 @@ def test_models_that_are_dropped_leave_nothing_behind():
         del model, optimizer
     gc.collect()
     assert [ref for ref in alive if ref() is not None] == []
-    assert len(_masks._MASKS) == before
+    assert len(MASKS) == before
 
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------
