@@ -459,9 +459,7 @@ def test_a_parameter_of_another_shape_is_an_error_that_says_what_to_do():
     model[0].weight = nn.Parameter(torch.ones(1, 8))  # would broadcast against the mask
     before = copy.deepcopy(model.state_dict())
     for call in (pu.count, pu.get_masks, pu.layer_table, pu.hold, lambda m: pu.prune(m, "magnitude", 0.9)):
-        with pytest.raises(
-            ValueError, match=r"0.weight was replaced .* \(1, 8\), .* mask has shape \(5, 8\).*set_"
-        ):
+        with pytest.raises(ValueError, match=r"0.weight was replaced .* \(1, 8\), .* mask has shape \(5, 8\).*set_"):
             call(model)
     model.load_state_dict(before)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -76,7 +76,12 @@ class Plan:
                     self.batch.add(tensor, mask)
                     self.memory.append((tensor, tensor.data_ptr(), tensor.stride()))
             moment = state.get("exp_avg_sq")
-            if type(optimizer) in _ADAM and _maskable(moment, parameter) and moment.is_cpu and moment.element_size() == 4:
+            if (
+                type(optimizer) in _ADAM
+                and _maskable(moment, parameter)
+                and moment.is_cpu
+                and moment.element_size() == 4
+            ):
                 self.second.add(moment, mask)
                 self.moments.append((state, moment))
 
