@@ -131,5 +131,6 @@ def _names(places, frame, x) -> list[str]:
     """Percent for fractions, else the values as they are."""
     values = list(places)
     if x and pd.api.types.is_float_dtype(frame[x]) and min(values) >= 0 and max(values) <= 1:
-        return [f"{100 * value:.4g} %" for value in values]
+        told = ([f"{100 * value:.{digits}g} %" for value in values] for digits in (3, 4, 6))
+        return next((names for names in told if len(set(names)) == len(names)), [f"{100 * v} %" for v in values])
     return ["" if value is None else str(value) for value in values]
