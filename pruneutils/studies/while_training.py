@@ -58,7 +58,7 @@ def in_design(
 
 def prune_adapted(
     seed: int, design: str, prunings: int, target: float, network: str = "resnet20", epochs: int = 8,
-    precision: str = "auto",
+    steps_per_epoch: int | None = 195, precision: str = "auto",
 ) -> list[dict]:  # fmt: skip
     """Prune an adapted network while it trains by SGD (momentum .9, lr .05 to 0, weight decay 5e-4, batches of 128).
 
@@ -70,7 +70,9 @@ def prune_adapted(
         prunings: As for `in_design`.
         target: As for `in_design`.
         network: "resnet20" or "resnet56".
-        epochs: How often each image is seen.
+        epochs: How many epochs a run has.
+        steps_per_epoch: Steps of an epoch: 195 see another random half of the 50,000 images in every epoch, so that
+            8 epochs see each image 4 times; None sees all.
         precision: Of training and evaluation.
 
     Returns:
@@ -81,28 +83,35 @@ def prune_adapted(
     table = in_design(
         model, train, test, design, prunings, target, epochs, optimizer="sgd", lr=0.05, weight_decay=5e-4,
         lr_schedule="cosine", precision=precision, seed=seed,
+        steps_per_epoch=steps_per_epoch,
     )  # fmt: skip
     return table.assign(data=train.name).to_dict("records")
 
 
-def prune_adapted_grid(seeds: Sequence[int], targets: Sequence[float] = (0.95, 0.9)) -> list[dict]:
-    """List the runs of `prune_adapted`, every seed complete before the next begins.
+def prune_adapted_grid(
+    seeds: Sequence[int], target: float = 0.95, also: Sequence[float] = (0.98, 0.8, 0.9), second: float = 0.9
+) -> list[dict]:
+    """List the runs of `prune_adapted`, the most important ones first, and every seed complete before the next begins.
 
     Args:
         seeds: The seeds.
-        targets: The sparsities at the end.
+        target: The sparsity at which all arms run: dense, the ramp, and both designs with 1, 2, 4 and 8 prunings.
+        also: The sparsities at which gradual and instant pruning are compared, with four arms.
+        second: One of these, at which the remaining arms run last.
 
     Returns:
-        One config per run: dense, then for each target one ramp and both designs with 1, 2, 4 and 8 prunings.
+        One config per run.
     """
-    grid = []
-    for target in targets:
-        for seed in seeds:
-            arms = [("ramp", 0)] + [(design, n) for n in (1, 8, 2, 4) for design in ("restarts", "recovery")]
-            if target == targets[0]:
-                grid.append({"seed": seed, "design": "dense", "prunings": 0, "target": 0.0})
-            grid += [{"seed": seed, "design": design, "prunings": n, "target": target} for design, n in arms]
-    return grid
+    counts = [(design, n) for n in (1, 8, 2, 4) for design in ("restarts", "recovery")]
+    two = [("ramp", 0), ("recovery", 1), ("restarts", 8), ("restarts", 1)]
+    parts = [(target, [("dense", 0), ("ramp", 0), *counts])] + [(sparsity, two) for sparsity in also]
+    parts.append((second, [arm for arm in counts if arm not in two]))
+    return [
+        {"seed": seed, "design": design, "prunings": n, "target": 0.0 if design == "dense" else sparsity}
+        for sparsity, arms in parts
+        for seed in seeds
+        for design, n in arms
+    ]
 
 
 LABELS = {"restarts": "equal total", "recovery": "equal recovery", "ramp": "equal recovery"}

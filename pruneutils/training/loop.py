@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def fit(
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     precision: str = "float32",
     test_every: int = 1,
+    steps_per_epoch: int | None = None,
     on_step: Callable[[nn.Module, int, int], None] | None = None,
     start_step: int = 0,
 ) -> pd.DataFrame:
@@ -55,7 +57,7 @@ def fit(
         train: What `pu.data.load` returns; or one (inputs, targets) pair of tensors, which is cut into shuffled
             batches; or batches that can be iterated again and have a length, such as a DataLoader.
         test: What `pu.accuracy` takes, or None.
-        epochs: How often each training sample is seen, at least 1.
+        epochs: How often each training sample is seen, at least 1 (less often with `steps_per_epoch`).
         optimizer: "sgd" (momentum 0.9, Nesterov), "adam", an Optimizer of this model, or a function
             `parameters -> Optimizer`.
         lr: The learning rate of "sgd" (0.1 by default) or "adam" (0.001).
@@ -71,6 +73,8 @@ def fit(
             convolutional networks on a GPU and on a CPU with fast instructions for it. The results of "auto" differ
             between machines.
         test_every: Measure the test accuracy after every so many epochs, and after the last one.
+        steps_per_epoch: End each epoch after so many steps; None sees all samples. Each epoch is shuffled anew, so a
+            short one sees other samples every time.
         on_step: Called as `on_step(model, step, steps)` after each step; the first is 1, the last is `steps`. If it has
             a true attribute `dense_gradients`, it finds the gradients of pruned weights in `.grad` too.
         start_step: Leave out so many steps but keep their place in the learning-rate schedule, the order of the
@@ -98,7 +102,7 @@ def fit(
     """
     setup = _set_up(
         model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every,
-        start_step,
+        steps_per_epoch, start_step,
     )  # fmt: skip
     optimizer, precision, device, seed = setup.optimizer, setup.precision, device_of(model), setup.seed
     loss_fn = loss_fn or F.cross_entropy
@@ -114,7 +118,7 @@ def fit(
             model.train()  # an `on_step` may have left it in eval mode
             started = time.perf_counter()
             loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-            for inputs, targets in setup.new_epoch():
+            for inputs, targets in itertools.islice(setup.new_epoch(), setup.per_epoch):
                 step += 1
                 if step <= start_step:
                     continue
@@ -165,8 +169,9 @@ class Setup:
 
 
 def _set_up(
-    model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every, start_step
-) -> Setup:
+    model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every,
+    steps_per_epoch, start_step,
+) -> Setup:  # fmt: skip
     _checks.whole("epochs", epochs)
     _checks.whole("test_every", test_every)
     _checks.whole("start_step", start_step, least=0)
@@ -174,6 +179,8 @@ def _set_up(
     lr_factor = _checks.choose("lr_schedule", lr_schedule, optimizers.LR_SCHEDULES)
     precision = resolve_precision(precision, model)
     new_epoch, per_epoch = epochs_of(train, batch_size, seed)
+    if steps_per_epoch is not None:
+        per_epoch = min(per_epoch, _checks.whole("steps_per_epoch", steps_per_epoch))
     optimizer = optimizers.create(optimizer, model, lr, weight_decay)
     return Setup(optimizer, lr_factor, precision, seed, new_epoch, per_epoch)
 

@@ -239,3 +239,18 @@ def test_masks_hold_in_fit():
     pu.fit(model, samples(), epochs=3, batch_size=8, weight_decay=1e-2, precision="bfloat16")
     assert not any(w[~masks[name]].any() for name, w in pu.prunable_weights(model).items())
     assert all(torch.equal(masks[name], mask) for name, mask in pu.get_masks(model).items())
+
+
+def test_short_epochs_see_other_samples_each_time():
+    model, (inputs, targets) = net(), samples(40)
+    inputs[:, 0, 0, 0] = torch.arange(40.0)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 0, 0, 0].tolist()))
+    table = pu.fit(model, (inputs, targets), epochs=3, batch_size=8, steps_per_epoch=2, lr_schedule="cosine", lr=1e-6)
+    assert [len(batch) for batch in seen] == [8] * 6
+    epochs = [set(seen[i] + seen[i + 1]) for i in (0, 2, 4)]
+    assert all(len(epoch) == 16 for epoch in epochs) and len(set.union(*epochs)) > 16
+    assert table.lr.is_monotonic_decreasing and table.lr.iloc[-1] < 1e-7  # the schedule runs over the 6 steps
+    assert len(pu.fit(model, (inputs, targets), epochs=1, batch_size=8, steps_per_epoch=99)) == 1  # all there are
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        pu.fit(model, (inputs, targets), epochs=1, steps_per_epoch=0)
