@@ -6,6 +6,7 @@ its own that waits at every layer until the others have come as far; only one th
 in memory, so this begins where activations are small.
 """
 
+import os
 import queue
 import threading
 from collections import Counter
@@ -17,7 +18,7 @@ from torch import nn
 from .._checks import is_pair
 from .._torch import device_of
 
-_WAITING = 2**28  # bytes that a layer may read on all samples together while their passes wait: 256 MiB
+_WAITING = 2**28  # bytes that a layer may always read on all samples together while their passes wait: 256 MiB
 _APART = "the batches take different ways through the network, so they cannot be taken through it side by side"
 
 
@@ -95,13 +96,24 @@ def visits(
         calls.append((module, seen[module], tensor.numel() * tensor.element_size() * n_samples))
         seen[module] += 1
     # Large activations come first and few layers lie before them: there each layer costs passes of its own, that far.
-    start = 1 + max((i for i, (*_, size) in enumerate(calls) if size > _WAITING), default=-1)
+    most = _waiting(inputs[0].device)
+    start = 1 + max((i for i, (*_, size) in enumerate(calls) if size > most), default=-1)
     for module, before, _ in calls[:start]:
         yield module, (_nth(stops(model, [module], batch, after), before) for batch in inputs)
     rest = {module for module, *_ in calls[start:]}
     if rest:
         skip = sum(module in rest for module, *_ in calls[:start])
         yield from _side_by_side([stops(model, rest, batch, after) for batch in inputs], skip)
+
+
+def _waiting(device: torch.device) -> int:
+    """Return how many bytes a layer may read while passes wait: a tenth of what is free, for they hold several such."""
+    if device.type == "cuda":
+        return max(_WAITING, torch.cuda.mem_get_info(device)[0] // 10)
+    try:
+        return max(_WAITING, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 10)
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return _WAITING
 
 
 def _nth(passing, before) -> torch.Tensor:
