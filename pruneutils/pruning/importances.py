@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd import grad
 
 from .._checks import is_pair, unknown, whole
-from .._torch import batches, device_of, in_mode
+from .._torch import batches, device_of, generator, in_mode
 from ..model_utils import layer_name, prunable_weights
 from . import criteria
 from ._slicing import is_depthwise, kind_of_attention, removed_cuts, sliced
@@ -156,6 +156,14 @@ def biased_loss_tracked(model, data, loss_fn, T=5.0, alpha=0.8, track_batches=20
             gradients = grad(loss, list(weights.values()), materialize_grads=True)
             history.append(biased(model, weights, dict(zip(weights, gradients)), factors))
     return averaged(history, alpha)
+
+
+@importance
+def random(model, seed):
+    """U(0, 1) for each filter, whatever its size: the control."""
+    drawn = generator(seed, "random")
+    weights = filter_weights(model)
+    return {name: torch.rand(len(_rows(model, name, w)), generator=drawn).to(w.device) for name, w in weights.items()}
 
 
 # --- What they are made of -------------------------------------------------------------------------------------------

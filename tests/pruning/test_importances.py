@@ -326,3 +326,11 @@ def test_a_measure_of_ones_own():
         del importances._IMPORTANCES["first_weight"]
     whole = pu.filter_scores(model, lambda model, data: {"0.weight": model[0].weight.abs()})  # one score a weight
     check(whole, model[0].weight.detach().abs().sum(1))
+
+
+def test_random_draws_one_number_a_filter_whatever_its_size():
+    model = pu.models.create("lenet5")
+    scores = pu.filter_scores(model, "random", seed=1)
+    assert all(torch.equal(scores[name], again) for name, again in pu.filter_scores(model, "random", seed=1).items())
+    means = [score.double().mean().item() for score in scores.values() if len(score) > 40]
+    assert all(abs(mean - 0.5) < 0.15 for mean in means)  # summed over weights, larger filters would always stay
