@@ -160,12 +160,14 @@ def pretrained_grid(
     Returns:
         One config per run.
     """
-    plain = ["dense", *PRETRAINED_ARMS]
-    runs = [(network, arm, "none", 0, ratios) for arm in plain[:3] for network in networks]
-    again = [(arm, seed) for arm in ("dense", *plain[1:3]) for seed in seeds]
-    runs += [(network, arm, "recalibrated", seed, repaired) for arm, seed in again for network in networks]
-    runs += [(networks[0], plain[1], "reconstructed", seed, repaired) for seed in seeds]
-    runs += [(network, arm, "none", 0, ratios) for arm in plain[3:] for network in networks]
+    first, second, *others = PRETRAINED_ARMS
+    runs = [(network, arm, "none", 0, ratios) for arm in ("dense", first, second) for network in networks]
+    runs += [
+        (network, arm, "recalibrated", s, repaired) for arm in ("dense", first) for s in seeds for network in networks
+    ]
+    runs += [(network, arm, "none", 0, ratios) for arm in others for network in networks]
+    runs += [(networks[0], first, "reconstructed", seed, repaired) for seed in seeds]
+    runs += [(network, second, "recalibrated", seed, repaired) for seed in seeds for network in networks]
     keys = ("network", "arm", "repair", "seed", "ratios")
     return [dict(zip(keys, (*run[:4], list(run[4])), strict=True)) for run in runs]
 
