@@ -18,6 +18,7 @@ from ..data.datasets import data_folder
 from ..experiments.statistics import compare
 from ..pruning import recalibrate, reconstruct
 from .one_shot import census, prune_convolutions
+from .while_training import _points
 
 PRETRAINED_ARMS = {
     "weights, global": {"granularity": "weight"},
@@ -238,3 +239,61 @@ def compare_states(images: pd.DataFrame, state: str, against: str = "plain") -> 
         rows, by="state", value="hit", against=[(state, against)], within=["network", "arm", "asked"],
         pair_on="image",
     )  # fmt: skip
+
+
+def _share(images: pd.DataFrame, network: str, state: str, arm: str, asked: float) -> str:
+    rows = images[(images.network == network) & (images.state == state) & (images.arm == arm) & (images.asked == asked)]
+    return f"{network} {rows.hit.mean():.1%}"
+
+
+def tell_sizes(images: pd.DataFrame, pair: tuple[str, str], asked: float, arm: str = "weights, global") -> str:
+    """Answer in sentences whether the larger network loses less, as it is and with its batch norm recalibrated.
+
+    Args:
+        images: The table of `hits_by_image`.
+        pair: The smaller and the larger network.
+        asked: The ratio to tell of.
+        arm: One of `PRETRAINED_ARMS`.
+
+    Returns:
+        The sentences, with differences in percentage points and their 95 % intervals over images.
+    """
+    told = "Before pruning, " + " and ".join(_share(images, name, "plain", "dense", 0.0) for name in pair)
+    told += " of the images are classified correctly."
+    table = images[images.network.isin(pair)]
+    for state, words in {"plain": "as they are", "recalibrated": "with batch norm recalibrated"}.items():
+        here = table[(table.state == state) & (table.arm == arm) & (table.asked == asked)]
+        if here.network.nunique() < 2:
+            continue
+        left = " and ".join(_share(images, name, state, arm, asked) for name in pair)
+        told += f" With {asked:.0%} of the convolutions' weights removed ({arm}), {words}: {left}; "
+        if _measurable(here).empty:
+            told += "one of them is near chance."
+            continue
+        found = compare_sizes(table, [pair], state)
+        row = next(found[(found.arm == arm) & (found.asked == asked)].itertuples())
+        told += f"the loss of {pair[0]} minus that of {pair[1]} is {_points(row)}, "
+        told += f"so {row.larger} is less robust." if row.differs else "which cannot be told from zero."
+    return told
+
+
+def tell_repairs(images: pd.DataFrame, network: str, arm: str = "weights, global") -> str:
+    """Answer in a sentence a ratio what each repair gives a network back.
+
+    Args:
+        images: The table of `hits_by_image`.
+        network: The network to tell of.
+        arm: One of `PRETRAINED_ARMS`.
+
+    Returns:
+        The sentences: the accuracy as it is, and what each repair adds in percentage points, with 95 % intervals.
+    """
+    rows, told = images[(images.network == network) & images.arm.isin([arm, "dense"])], []
+    states = [state for state in ("recalibrated", "reconstructed", "both") if (rows.state == state).any()]
+    found = [compare_states(rows, state) for state in states]
+    for asked, part in pd.concat(found).groupby("asked"):
+        plain = _share(rows, network, "plain", "dense" if asked == 0 else arm, asked)
+        gains = ", ".join(f"{row.a} {_points(row)}{'' if row.differs else ' (not to be told from zero)'}"
+                          for row in part.itertuples())  # fmt: skip
+        told.append(f"{'Dense' if asked == 0 else f'{asked:.0%} removed'}: {plain} as it is; {gains}.")
+    return " ".join(told)

@@ -1,14 +1,17 @@
 """Filters removed from a trained network: which measure of importance, in how many rounds, and what repairs it."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import _checks
+from .. import _checks, data, models
 from .._files import repository
 from .._torch import batches, in_mode
 from ..checkpoints import load
@@ -18,18 +21,19 @@ from ..experiments.statistics import compare
 from ..model_utils import accuracy
 from ..pruning import list_importances, prune_filters, recalibrate
 from ..training import fit, gradual_filters
+from .one_shot import residual_network
 from .public_networks import NETWORKS, cifar10_as_published
-from .while_training import _points
+from .while_training import ENOUGH_SEEDS, _points
 
 MEASURES = list_importances()  # "random" among them, the control that every measure has to beat
 
 
-def gradient_norm(model: nn.Module, data: object) -> float:
+def gradient_norm(model: nn.Module, samples: object) -> float:
     """Measure the norm of the gradient of the mean loss with respect to all parameters, in evaluation mode.
 
     Args:
         model: A classifier.
-        data: One (inputs, targets) batch, or an iterable of batches of equal size.
+        samples: One (inputs, targets) batch, or an iterable of batches of equal size.
 
     Returns:
         The L2 norm of the mean of the batches' gradients.
@@ -47,7 +51,7 @@ def gradient_norm(model: nn.Module, data: object) -> float:
     parameters = [p for p in model.parameters() if p.requires_grad]
     total, n = [torch.zeros_like(p) for p in parameters], 0
     with in_mode(model, training=False):
-        for inputs, targets in batches(data):
+        for inputs, targets in batches(samples):
             found = torch.autograd.grad(F.cross_entropy(model(inputs), targets), parameters, allow_unused=True)
             n += 1
             for sum_, gradient in zip(total, found, strict=True):
@@ -58,7 +62,8 @@ def gradient_norm(model: nn.Module, data: object) -> float:
 
 def remove_and_repair(
     model: nn.Module, train: Images, test: Images, importance: str, ratio: float, seed: int = 0, *,
-    of: str = "macs", samples: int = 640, steps: int = 50, lr: float = 0.01, precision: str = "float32",
+    of: str = "macs", min_density: float = 0.0,
+    samples: int = 640, steps: int = 50, lr: float = 0.01, precision: str = "float32",
 ) -> list[dict]:  # fmt: skip
     """Remove filters from a trained network at once, then measure it as it is, recalibrated, and shortly fine-tuned.
 
@@ -69,7 +74,8 @@ def remove_and_repair(
         importance: One of `MEASURES`.
         ratio: The fraction to remove.
         of: Of what: "filters", "parameters" or "macs". Measures that remove equally many filters leave networks of very
-            different work, so measures are compared at equal MACs.
+            different work, so measures are compared at equal MACs too.
+        min_density: The fraction of its filters that every layer keeps.
         seed: Decides which training images are seen, and in which order.
         samples: Images for the importance, the recalibration and the gradient norm; the same ones.
         steps: Of the fine-tuning, by SGD with batches of 128 and a cosine from `lr` to 0.
@@ -89,7 +95,9 @@ def remove_and_repair(
         options = {}
     before, dense_norm = cost(model, batched[0][0]), gradient_norm(model, batched)
     widths = _filters(model)
-    small = prune_filters(copy.deepcopy(model), importance, ratio, of=of, data=batched, seed=seed, **options)
+    small = prune_filters(
+        copy.deepcopy(model), importance, ratio, of=of, data=batched, min_density=min_density, seed=seed, **options
+    )
     after = cost(small, batched[0][0])
     facts = {
         "filters_left": _filters(small) / widths,
@@ -147,9 +155,26 @@ def remove_in_rounds(
     return table[["epoch", "stage", "accuracy", "parameters"]].to_dict("records")
 
 
+@functools.lru_cache(maxsize=8)
+def residual_on_digits(seed: int, width: int = 16) -> tuple[nn.Module, Images, Images]:
+    """Train a small residual network on the digits that come with a package; a process trains each one once.
+
+    Args:
+        seed: Of weights and data order.
+        width: Channels of the first of three stages.
+
+    Returns:
+        The network, not to be changed, with the training and the test images.
+    """
+    train, test = data.load("digits")
+    model = residual_network("basic", blocks=1, stages=3, width=width, channels=1, stem=4, seed=seed)
+    fit(model, train, None, 3, "adam", lr=5e-3, lr_schedule="one-cycle", seed=seed)
+    return model, train, test
+
+
 def filters_of_adapted(
-    importance: str, ratio: float, seed: int, rounds: int = 0, network: str = "resnet20", tested: int = 2000,
-    precision: str = "auto",
+    importance: str, ratio: float, seed: int, rounds: int = 0, of: str = "macs", network: str = "resnet20",
+    tested: int = 2000, precision: str = "auto",
 ) -> list[dict]:  # fmt: skip
     """Remove filters from an adapted network on CIFAR-10: `remove_and_repair`, or `remove_in_rounds` for rounds.
 
@@ -157,9 +182,10 @@ def filters_of_adapted(
 
     Args:
         importance: One of `MEASURES`.
-        ratio: The fraction of the MACs to remove.
+        ratio: The fraction to remove.
         seed: As for `remove_and_repair`.
         rounds: 0 removes at once and repairs; otherwise in how many rounds, with training.
+        of: As for `remove_and_repair`; rounds always count MACs.
         network: "resnet20" or "resnet56".
         tested: How many of the test images are used, the same ones in every run.
         precision: Of training and tests.
@@ -174,7 +200,7 @@ def filters_of_adapted(
         sampled = {} if importance in ("random", "mag_based", "l1", "bn", "biased_loss_tracked") else {"n_samples": 640}
         rows = remove_in_rounds(model, train, test, importance, ratio, rounds, seed, precision=precision, **sampled)
     else:
-        rows = remove_and_repair(model, train, test, importance, ratio, seed, precision=precision)
+        rows = remove_and_repair(model, train, test, importance, ratio, seed, of=of, precision=precision)
     return [row | {"data": train.name} for row in rows]
 
 
@@ -182,7 +208,7 @@ def filters_grid(
     seeds: Sequence[int], ratios: Sequence[float], in_rounds: Sequence[str] = ("mag_based", "grad_preserve"),
     rounds: Sequence[int] = (1, 5),
 ) -> list[dict]:  # fmt: skip
-    """List the runs of `filters_of_adapted`, the first ratio before the others and every seed complete.
+    """List the runs of `filters_of_adapted`: the first ratio of MACs, rounds, the same ratio of filters, other ratios.
 
     Args:
         seeds: The seeds.
@@ -194,32 +220,113 @@ def filters_grid(
         One config per run.
     """
 
-    def at_once(ratio: float) -> list[dict]:
-        return [
-            {"importance": measure, "ratio": ratio, "seed": seed, "rounds": 0} for seed in seeds for measure in MEASURES
-        ]
+    def at_once(ratio: float, **of: str) -> list[dict]:
+        settings = {"ratio": ratio, "rounds": 0, **of}
+        return [{"importance": measure, "seed": seed, **settings} for seed in seeds for measure in MEASURES]
 
     grid = at_once(ratios[0])
     grid += [
-        {"importance": measure, "ratio": ratios[0], "seed": seed, "rounds": n}
+        {"importance": measure, "seed": seed, "ratio": ratios[0], "rounds": n}
         for seed in seeds
         for measure in in_rounds
         for n in rounds
     ]
+    grid += at_once(ratios[0], of="filters")
     return grid + [config for ratio in ratios[1:] for config in at_once(ratio)]
 
 
-def against_random(frame: pd.DataFrame, state: str = "recalibrated") -> pd.DataFrame:
-    """Compare each measure with removing filters at random, at each ratio, as one family.
+def filters_from_scratch(
+    network: str, importance: str, ratio: float, seed: int, rounds: int = 25, total_epochs: int = 160,
+    precision: str = "auto", device: str = "cuda",
+) -> list[dict]:  # fmt: skip
+    """Train a network, remove its filters in rounds on the way, and train it to the end, with the original's settings.
+
+    SGD with momentum 0.9, weight decay 1e-4, batches of 128; an epoch before each removal at a learning rate of 0.1;
+    then 0.1 that falls to a tenth after half of the remaining epochs and to a hundredth after three quarters.
 
     Args:
-        frame: The finished runs of `remove_and_repair`.
+        network: "vgg13_relu_bn", "mobilenet_v1" or "resnet56_b".
+        importance: One of `MEASURES`.
+        ratio: The fraction of the filters to remove.
+        seed: Of weights and data order.
+        rounds: In how many rounds.
+        total_epochs: Of the rounds and the final training together.
+        precision: Of training and tests.
+        device: Where to train.
+
+    Returns:
+        A row per epoch: epoch, stage, accuracy, parameters, data.
+    """
+    train, test = data.load("cifar10", device=device)
+    model = models.create(network, seed=seed).to(device)
+    table = gradual_filters(
+        model, train, test, importance, ratio, rounds, total_epochs - rounds, lr=0.1, weight_decay=1e-4,
+        lr_schedule="step", precision=precision, seed=seed,
+    )  # fmt: skip
+    table = table.rename(columns={"test_accuracy": "accuracy"}).assign(data=train.name)
+    return table[["epoch", "stage", "accuracy", "parameters", "data"]].to_dict("records")
+
+
+def latencies(networks: Mapping[str, nn.Module], inputs: torch.Tensor, passes: int = 30) -> pd.DataFrame:
+    """Measure the latency of networks in turn, so that whatever else the machine does meets all of them alike.
+
+    Args:
+        networks: The networks by name; the first is the reference.
+        inputs: A batch (N, ...).
+        passes: Forward passes of each, after three that are not counted; one thread computes.
+
+    Returns:
+        A row per network: network, milliseconds (median), and how many times faster than the first (the median of the
+        ratios of neighbouring passes, with its quartiles).
+
+    Example:
+        >>> from pruneutils import studies
+        >>> table = studies.latencies({"a": pu.models.create("lenet300")}, torch.rand(1, 1, 28, 28), passes=3)
+        >>> table.network.tolist(), table.faster.tolist()
+        (['a'], [1.0])
+    """
+    from torch.utils import benchmark  # takes half a second to import
+
+    timers = [benchmark.Timer("run(x)", globals={"run": net, "x": inputs}, num_threads=1) for net in networks.values()]
+    with torch.no_grad(), contextlib.ExitStack() as modes:
+        for network in networks.values():
+            modes.enter_context(in_mode(network, training=False))
+        for timer in timers:
+            timer.timeit(3)
+        times = np.array([[timer.timeit(1).median for timer in timers] for _ in range(passes)])
+    low, faster, high = np.quantile(times[:, :1] / times, [0.25, 0.5, 0.75], axis=0)
+    milliseconds = 1000 * np.median(times, axis=0)
+    return pd.DataFrame(
+        {"network": list(networks), "milliseconds": milliseconds, "faster": faster, "low": low, "high": high}
+    )
+
+
+def removed_runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Take the finished runs of a sweep, and say in every row which quantity was held equal.
+
+    Args:
+        frame: The table of a sweep over `filters_grid`.
+
+    Returns:
+        The rows, with `of` ("macs" where it is not given) and `equal` ("equal MACs", "equal filters").
+    """
+    done = frame[frame.status == "done"]
+    of = done.of.fillna("macs") if "of" in done else "macs"
+    done = done.assign(of=of)
+    return done.assign(equal="equal " + done.of.replace("macs", "MACs"))
+
+
+def against_random(frame: pd.DataFrame, state: str = "fine-tuned") -> pd.DataFrame:
+    """Compare each measure with removing filters at random, as one family.
+
+    Args:
+        frame: The finished runs of `remove_and_repair`, with the column `of`.
         state: "removed", "recalibrated" or "fine-tuned".
 
     Returns:
-        The table of `compare`.
+        The table of `compare`, for each quantity that was held equal and each ratio.
     """
-    return compare(frame[frame.state == state], by="importance", against="random", within="ratio")
+    return compare(frame[frame.state == state], by="importance", against="random", within=["of", "ratio"])
 
 
 def rounds_compared(frame: pd.DataFrame) -> pd.DataFrame:
@@ -235,31 +342,50 @@ def rounds_compared(frame: pd.DataFrame) -> pd.DataFrame:
     return compare(last, by="rounds", against=last.rounds.min(), within="importance")
 
 
-def tell_filters(frame: pd.DataFrame, ratio: float, state: str = "recalibrated") -> str:
-    """Answer in two sentences which measures beat random removal, and which one keeps most.
+def tell_filters(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-tuned") -> str:
+    """Answer in sentences which measure keeps most, and which ones random removal equals or beats.
 
     Args:
-        frame: The finished runs of `remove_and_repair`.
+        frame: The finished runs of `remove_and_repair`, with the column `of`.
         ratio: The ratio to tell of.
+        of: The quantity that was held equal, "macs" or "filters".
         state: As for `against_random`.
 
     Returns:
-        The sentences.
+        The sentences, with the paired differences in percentage points.
     """
-    rows = frame[(frame.state == state) & (frame.ratio == ratio)]
+    rows = frame[(frame.state == state) & (frame.ratio == ratio) & (frame.of == of)]
+    if rows.empty or (seeds := rows.groupby("importance").seed.nunique().min()) < ENOUGH_SEEDS:
+        return f"{0 if rows.empty else seeds} of {ENOUGH_SEEDS} seeds have run, which gives no verdict."
     found = against_random(rows, state)
     means = rows.groupby("importance").accuracy.mean().sort_values(ascending=False)
-    best = found[found.a == means.index[0]] if means.index[0] != "random" else None
-    told = f"With {ratio:.0%} of the MACs gone and the network {state}, {means.index[0]} is best: {means.iloc[0]:.1%}"
-    if best is not None:
-        told += f", against {means['random']:.1%} for filters chosen at random ({_points(next(best.itertuples()))})"
-    worse = [f"{row.a} ({_points(row)})" for row in found.itertuples() if row.differs and row.larger == "random"]
-    same = [f"{row.a} ({_points(row)})" for row in found.itertuples() if not row.differs]
-    told += "."
-    if same:
-        told += f" No better than random, as far as these runs can tell: {', '.join(same)}."
-    if worse:
-        told += f" Worse than random: {', '.join(worse)}."
-    if not same and not worse:
-        told += f" All {len(found)} measures beat random removal."
-    return told
+    told = f"With {ratio:.0%} of the {of.replace('macs', 'MACs')} removed and the network {state}, `{means.index[0]}` "
+    told += f"is best with {means.iloc[0]:.1%}; filters removed at random leave {means['random']:.1%}. "
+    better = [row.a for row in found.itertuples() if row.differs and row.larger == row.a]
+    worse = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if row.differs and row.larger == "random"]
+    same = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if not row.differs]
+    told += f"{len(better)} of {len(found)} measures beat random removal."
+    told += f" Worse than random: {', '.join(worse)}." if worse else ""
+    return told + (f" Not to be told from random: {', '.join(same)}." if same else "")
+
+
+def tell_flow(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-tuned") -> str:
+    """Answer in a sentence whether networks that keep the norm of the gradient keep the accuracy.
+
+    Args:
+        frame: As for `tell_filters`.
+        ratio: As for `tell_filters`.
+        of: As for `tell_filters`.
+        state: As for `tell_filters`.
+
+    Returns:
+        The sentence, with Spearman's rank correlation over the measures, its range over the seeds.
+    """
+    rows = frame[(frame.state == state) & (frame.ratio == ratio) & (frame.of == of)]
+    found = [part.gradient_norm.corr(part.accuracy, method="spearman") for _, part in rows.groupby("seed")]
+    norms = rows.groupby("importance").gradient_norm.mean()
+    return (
+        f"Removal changes the gradient's norm by factors from {norms.min():.2g} (`{norms.idxmin()}`) to "
+        f"{norms.max():.2g} (`{norms.idxmax()}`). Over the {len(norms)} measures, the rank correlation of this factor "
+        f"with the accuracy lies between {min(found):+.2f} and {max(found):+.2f} in the {len(found)} seeds."
+    )
