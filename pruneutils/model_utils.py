@@ -15,6 +15,7 @@ from torch import nn
 
 from . import _masks
 from ._checks import callers_level, nearest
+from ._evaluation import Judge, Metric, Output
 from ._masks import Mask
 from ._masks import attach as attach_masks
 from ._prunable import layer_name, match_layers, present_weights, prunable_weights
@@ -411,22 +412,39 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: object, topk: int = 1, precision: str = "float32") -> float:
+def accuracy(
+    model: nn.Module,
+    data: object,
+    topk: int = 1,
+    precision: str = "float32",
+    *,
+    output: Output | None = None,
+    metric: Metric | None = None,
+) -> float:
     """Measure the fraction of samples classified correctly, in eval mode.
 
     Args:
-        model: Any classifier that maps inputs (N, ...) to outputs (N, classes).
-        data: One (inputs (N, ...), targets (N,)) pair of tensors, or an iterable of such batches.
+        model: Any classifier that maps inputs (N, ...) to outputs (N, classes) for targets (N,); or to outputs
+            (N, tokens, classes) for targets (N, tokens); or to outputs (N, classes, height, width) for targets
+            (N, height, width), where each token or pixel counts.
+        data: One (inputs (N, ...), targets) pair of tensors, or an iterable of such batches. Targets of -100, which
+            cross-entropy ignores, are left out.
         topk: Count a sample as correct if its target is among the `topk` highest outputs.
         precision: "float32" computes in the model's own type, "bfloat16" in that type (autocast), about twice as fast
             on hardware that has it; "auto" is bfloat16 for convolutional networks on such hardware. The outputs of
             close classes may change places in bfloat16.
+        output: Takes what the model returns and gives the tensor of outputs, for models that return tuples, dicts or
+            objects: `output=lambda out: out["logits"]`.
+        metric: `(outputs, targets) -> a number for each sample` (or their mean over the batch), measured in place of
+            the accuracy; for outputs of any other form.
 
     Returns:
-        The accuracy, a float in [0, 1]. Every module's train or eval mode is put back.
+        The accuracy, a float in [0, 1], or the mean of `metric`. Every module's train or eval mode is put back.
 
     Raises:
-        ValueError: If `data` holds no sample, `topk` exceeds the number of outputs, or `precision` is unknown.
+        ValueError: If `data` holds no sample, `topk` exceeds the number of outputs, `precision` is unknown, or outputs
+            and targets do not fit together.
+        TypeError: If the model returns no tensor and there is no `output`.
 
     Example:
         >>> logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
@@ -434,22 +452,20 @@ def accuracy(model: nn.Module, data: object, topk: int = 1, precision: str = "fl
         0.5
         >>> pu.accuracy(torch.nn.Identity(), (logits, torch.tensor([1, 2])), topk=2)
         1.0
+
+        How far are the outputs of a regression from their targets?
+
+        >>> outputs, targets = torch.tensor([[1.0], [4.0]]), torch.tensor([[1.5], [4.0]])
+        >>> pu.accuracy(torch.nn.Identity(), (outputs, targets), metric=lambda out, y: (out - y).abs())
+        0.25
     """
+    judge = Judge(topk, output, metric)
     device, precision = device_of(model), resolve_precision(precision, model)
-    hits = torch.zeros((), dtype=torch.long, device=device)  # summed on the device: one transfer at the end
-    total = 0
+    sums = torch.zeros(3, dtype=torch.long, device=device)  # summed on the device: one transfer at the end
     with in_mode(model, training=False):
         for inputs, targets in batches(data):
             targets = targets.to(device, non_blocking=True)
             with autocast(precision, device):
-                outputs = model(inputs.to(device, non_blocking=True))
-            if not 1 <= topk <= outputs.shape[1]:
-                raise ValueError(f"topk={topk} is not within 1 and the model's {outputs.shape[1]} outputs")
-            if topk == 1:
-                hits += (outputs.argmax(1) == targets).sum()
-            else:
-                hits += (outputs.topk(topk, dim=1).indices == targets[:, None]).any(1).sum()
-            total += len(targets)
-    if total == 0:
-        raise ValueError("accuracy needs at least one sample; data is empty")
-    return hits.item() / total
+                outputs = judge.outputs(model(inputs.to(device, non_blocking=True)))
+            sums = sums + judge(outputs, targets)
+    return judge.mean(sums)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import _checks
+from .._evaluation import of_returned
 from ..pruning import Schedule, prune_filters, track_importance
 from ..pruning.filters import targets_of
 from ..pruning.importances import Importance, bind
@@ -105,7 +106,8 @@ def gradual_filters(
     if rounds is None:
         rounds = len(ratio) if isinstance(ratio, Sequence) else 5
     last = targets_of(ratio, rounds, schedule)[-1]
-    bind(importance, data, fit_options.get("loss_fn"), seed, data[0][0], options)
+    loss_fn = of_returned(fit_options.get("loss_fn"), fit_options.get("output"))
+    bind(importance, data, loss_fn, seed, data[0][0], options)
     trial = copy.deepcopy(model)  # what cannot be done shows before the training
     prune_filters(trial, "mag_based", last, None, 1, of, data, exclude, min_density=min_density)
     tables: list[pd.DataFrame] = []
@@ -124,7 +126,7 @@ def gradual_filters(
         stage("pruning", 1, epochs_each, fitting)
         prune_filters(
             model, measure, ratio, None, rounds, of, data, exclude, min_density=min_density, schedule=schedule,
-            loss_fn=fit_options.get("loss_fn"), optimizer=stepping, preserve_momentum=preserve_momentum, seed=seed,
+            loss_fn=loss_fn, optimizer=stepping, preserve_momentum=preserve_momentum, seed=seed,
             on_round=lambda _, number: number < rounds and stage("pruning", number + 1, epochs_each, fitting),
             **options,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import _checks
+from .._evaluation import of_returned
 from ..pruning import Granularity, Schedule, Scope, plan, prune
 from ..pruning.criteria import Scores, bind
 from ..pruning.granularities import find
@@ -84,7 +85,10 @@ def gradual(
     """
     sparsities = _ascending(sparsities)
     pruning = dict(criterion=criterion, scope=scope, granularity=granularity, exclude=exclude, seed=seed)
-    pruning |= {"data": _repeatable(data), "loss_fn": fit_options.get("loss_fn")}
+    pruning |= {
+        "data": _repeatable(data),
+        "loss_fn": of_returned(fit_options.get("loss_fn"), fit_options.get("output")),
+    }
     _check_pruning(model, sparsities, **pruning)
     if epochs is None and recovery is None:
         epochs_each = _checks.whole("epochs_each", 1 if epochs_each is None else epochs_each)

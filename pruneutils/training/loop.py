@@ -5,15 +5,15 @@ import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import _checks
+from .._evaluation import Judge, Metric, Output, cross_entropy
 from .._torch import autocast, device_of, in_mode, resolve_precision, seed_device
 from ..model_utils import accuracy, count, dense_gradients
 from . import numerics, optimizers
@@ -46,6 +46,8 @@ def fit(
     steps_per_epoch: int | None = None,
     on_step: Callable[[nn.Module, int, int], None] | None = None,
     start_step: int = 0,
+    output: Output | None = None,
+    metric: Metric | None = None,
 ) -> pd.DataFrame:
     """Train a model in place; its masks hold.
 
@@ -53,7 +55,7 @@ def fit(
     mode are left as they were, also by an interruption.
 
     Args:
-        model: Any classifier that maps inputs (N, ...) to outputs (N, classes).
+        model: Any classifier that `pu.accuracy` understands; with `metric`, any model.
         train: What `pu.data.load` returns; or one (inputs, targets) pair of tensors, which is cut into shuffled
             batches; or batches that can be iterated again and have a length, such as a DataLoader.
         test: What `pu.accuracy` takes, or None.
@@ -80,6 +82,10 @@ def fit(
         start_step: Leave out so many steps but keep their place in the learning-rate schedule, the order of the
             samples and the dropout: training goes on as from a snapshot taken there, except that the optimizer has no
             momentum yet.
+        output: Takes what the model returns and gives the tensor of outputs, for models that return tuples, dicts or
+            objects: `output=lambda out: out["logits"]`.
+        metric: `(outputs, targets) -> a number for each sample`; the columns `train_accuracy` and `test_accuracy` then
+            hold its means. For outputs that are no classes, such as those of a regression.
 
     Returns:
         A DataFrame with a row per epoch: `epoch` (from 1), `train_loss` and `train_accuracy` (means over the epoch),
@@ -87,8 +93,9 @@ def fit(
         `precision` (the one that really ran), `seconds`.
 
     Raises:
-        ValueError: For an unknown name, a number out of range, no training sample, or an optimizer of another model.
-        TypeError: If `train` cannot be iterated again.
+        ValueError: For an unknown name, a number out of range, no training sample, an optimizer of another model, or
+            outputs and targets that do not fit together.
+        TypeError: If `train` cannot be iterated again, or the model returns no tensor and there is no `output`.
         DivergenceError: If the training loss or a weight becomes NaN or infinite.
 
     Example:
@@ -102,10 +109,11 @@ def fit(
     """
     setup = _set_up(
         model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every,
-        steps_per_epoch, start_step,
+        steps_per_epoch, start_step, output, metric,
     )  # fmt: skip
     optimizer, precision, device, seed = setup.optimizer, setup.precision, device_of(model), setup.seed
-    loss_fn = loss_fn or F.cross_entropy
+    judge, measuring = setup.judge, dict(precision=setup.precision, output=output, metric=metric)
+    loss_fn = loss_fn or cross_entropy
     rows, step, steps = [], 0, epochs * setup.per_epoch
     with (
         optimizers.rates_put_back(optimizer) as rates,
@@ -117,7 +125,7 @@ def fit(
         for epoch in range(1, epochs + 1):
             model.train()  # an `on_step` may have left it in eval mode
             started = time.perf_counter()
-            loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+            loss_sum, sums, seen = torch.zeros((), device=device), torch.zeros(3, dtype=torch.long, device=device), 0
             for inputs, targets in itertools.islice(setup.new_epoch(), setup.per_epoch):
                 step += 1
                 if step <= start_step:
@@ -126,14 +134,15 @@ def fit(
                     group["lr"] = rate * setup.lr_factor((step - 1) / steps)
                 inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 seed_device(device, seed * 1_000_003 + step)  # a run from `start_step` draws the same dropout
-                with autocast(precision, device):
-                    outputs = model(inputs)
+                with autocast(precision, device), _buffers_put_back(model) if seen == 0 else contextlib.nullcontext():
+                    outputs = judge.outputs(model(inputs))
+                    judged = judge(outputs, targets)
                     loss = loss_fn(outputs, targets)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 loss_sum += loss.detach() * len(targets)
-                hits += (outputs.detach().argmax(1) == targets).sum()
+                sums = sums + judged
                 seen += len(targets)
                 if on_step is not None:
                     on_step(model, step, steps)
@@ -145,8 +154,8 @@ def fit(
                 {
                     "epoch": epoch,
                     "train_loss": loss_sum.item() / seen,
-                    "train_accuracy": hits.item() / seen,
-                    "test_accuracy": accuracy(model, test, precision=precision) if measure else float("nan"),
+                    "train_accuracy": judge.mean(sums),
+                    "test_accuracy": accuracy(model, test, **measuring) if measure else float("nan"),
                     "sparsity": _sparsity(model),
                     "lr": optimizer.param_groups[0]["lr"],
                     "precision": precision,
@@ -166,23 +175,25 @@ class Setup:
     seed: int
     new_epoch: Callable[[], Batches]
     per_epoch: int  # steps
+    judge: Judge
 
 
 def _set_up(
     model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every,
-    steps_per_epoch, start_step,
+    steps_per_epoch, start_step, output, metric,
 ) -> Setup:  # fmt: skip
     _checks.whole("epochs", epochs)
     _checks.whole("test_every", test_every)
     _checks.whole("start_step", start_step, least=0)
     seed = _checks.whole("seed", seed, least=0)
     lr_factor = _checks.choose("lr_schedule", lr_schedule, optimizers.LR_SCHEDULES)
+    judge = Judge(output=output, metric=metric)
     precision = resolve_precision(precision, model)
     new_epoch, per_epoch = epochs_of(train, batch_size, seed)
     if steps_per_epoch is not None:
         per_epoch = min(per_epoch, _checks.whole("steps_per_epoch", steps_per_epoch))
     optimizer = optimizers.create(optimizer, model, lr, weight_decay)
-    return Setup(optimizer, lr_factor, precision, seed, new_epoch, per_epoch)
+    return Setup(optimizer, lr_factor, precision, seed, new_epoch, per_epoch, judge)
 
 
 def check_arguments(model: nn.Module, train: object, **options: object) -> Setup:
@@ -190,6 +201,19 @@ def check_arguments(model: nn.Module, train: object, **options: object) -> Setup
     call = inspect.signature(fit).bind(model, train, **options)
     call.apply_defaults()
     return _set_up(**{name: call.arguments[name] for name in inspect.signature(_set_up).parameters})
+
+
+@contextlib.contextmanager
+def _buffers_put_back(model) -> Iterator[None]:
+    """Put the buffers back if the first batch turns out not to fit: batch norm has counted it already."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        raise
 
 
 def _check_finite(model, loss, when) -> None:
