@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import lazy_loader
 
+from . import _checks
 from .checkpoints import load, save
 from .controls import inverted, overlap, overlap_matrix, redraw, shuffle_masks
 from .costs import cost, cost_table
@@ -71,11 +72,35 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # These import pandas, scipy, matplotlib or ipywidgets, so each is imported when it is first used.
-__getattr__, _, _ = lazy_loader.attach(
-    __name__,
-    submodules={"data", "experiments", "models", "notebook", "plots", "widgets"},
-    submod_attrs={"experiments": ["statistics"]},
-)
+_ROOMS = ("data", "experiments", "models", "notebook", "plots", "widgets")
+_load, _, _ = lazy_loader.attach(__name__, submodules=set(_ROOMS), submod_attrs={"experiments": ["statistics"]})
+
+
+def __getattr__(name: str) -> object:
+    try:
+        return _load(name)
+    except AttributeError:
+        if name.startswith("_"):  # such as those that a notebook asks every object for
+            raise
+        raise AttributeError(f"pruneutils has no {name!r}; {_suggestion(name)}", name=name) from None
+
+
+def _suggestion(name: str) -> str:
+    """Name what is nearest, in the rooms too."""
+    known = {each: f"pu.{each}" for each in __all__}
+    for room in (*_ROOMS, "statistics"):
+        inside = vars(_load(room))
+        public = inside.get("__all__") or [each for each, value in inside.items() if _is_own(value, each, room)]
+        known |= {each: f"pu.{room}.{each}" for each in public}
+    for each, place in known.items():
+        if each.replace("_", "").lower() == name.replace("_", "").lower():
+            return f"did you mean {place}?"
+    return _checks.nearest(f"pu.{name}", known.values())
+
+
+def _is_own(value: object, name: str, room: str) -> bool:
+    return not name.startswith("_") and getattr(value, "__module__", "") == f"{__name__}.{room}"
+
 
 __all__ = [
     "Block",

@@ -1,19 +1,22 @@
 """Which outputs are correct: one rule for `accuracy` and for the training accuracy of `fit`."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ._checks import whole
+from ._checks import a_function, callers_level, inputs_told, whole
+from ._torch import autocast, batches, device_of, in_mode
 
 Output = Callable[[object], torch.Tensor]
 Metric = Callable[[torch.Tensor, torch.Tensor], object]
 
-_LEFT_OUT = -100  # the targets that torch's cross-entropy ignores, such as padding
-_FORMS = "outputs (N, classes), (N, tokens, classes) and (N, classes, height, width) are understood"
+LEFT_OUT = -100  # the targets that torch's cross-entropy ignores by default, such as padding
+_FORMS = "outputs (N, classes), (N, tokens, classes) and (N, classes, height, width) or any positions are understood"
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,11 @@ class Judge:
     topk: int = 1
     output: Output | None = None  # from what the model returns to a tensor of outputs
     metric: Metric | None = None  # takes the place of the rule
+    left_out: int = LEFT_OUT  # targets that do not count
 
     def __post_init__(self):
-        for name in ("output", "metric"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise TypeError(f"{name} must be a function, not {value!r}")
+        a_function("output", self.output)
+        a_function("metric", self.metric)
         whole("topk", self.topk)
         if self.metric is not None and self.topk != 1:
             raise ValueError(f"topk={self.topk} belongs to the accuracy, and metric takes its place: give one of them")
@@ -53,21 +55,38 @@ class Judge:
             hits = outputs.argmax(axis) == targets
         else:
             hits = (outputs.topk(self.topk, dim=axis).indices == targets.unsqueeze(axis)).any(axis)
-        judged = targets != _LEFT_OUT
+        judged = targets != self.left_out
         outside = ((targets < 0) | (targets >= n_classes)) & judged
+        if targets.device.type == "cpu" and outside.any():  # elsewhere this would wait; `mean` tells it
+            wrong = ", ".join(map(str, targets[outside].unique().tolist()[:5]))
+            raise ValueError(self._told_outside(f"targets of {wrong}", f"these {n_classes} outputs"))
         return torch.stack([hits.sum(), judged.sum(), outside.sum()])
 
     def mean(self, sums: torch.Tensor) -> float:
         """Return the mean that such sums make; ValueError if there is none."""
         total, judged, outside = sums.tolist()
         if outside:
-            raise ValueError(
-                f"{outside:,} of {judged:,} targets are classes that the model has no output for; targets of "
-                f"{_LEFT_OUT} are left out, and metric= may judge in any other way"
-            )
+            raise ValueError(self._told_outside(f"{outside:,} of {judged:,} targets", "these outputs"))
         if not judged:
-            raise ValueError(f"there is nothing to judge: data is empty, or every target is {_LEFT_OUT} (left out)")
+            raise ValueError(f"there is nothing to judge: data is empty, or every target is {self.left_out} (left out)")
         return total / judged
+
+    def _told_outside(self, which, outputs) -> str:
+        left_out = f"targets of {self.left_out} are left out, and metric= may judge in any other way"
+        return f"{which} are no classes of {outputs}; {left_out}"
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, data: object, precision: str) -> float:
+        """Return the mean over all batches of `data`, in eval mode."""
+        device = device_of(model)
+        sums = torch.zeros(3, dtype=torch.long, device=device)  # summed on the device: one transfer at the end
+        with in_mode(model, training=False):
+            for inputs, targets in batches(data):
+                targets = targets.to(device, non_blocking=True)
+                with autocast(precision, device), inputs_told(inputs, targets):
+                    returned = model(inputs.to(device, non_blocking=True))
+                sums = sums + self(self.outputs(returned), targets)
+        return self.mean(sums)
 
 
 def class_axis(outputs: torch.Tensor, targets: torch.Tensor) -> int:
@@ -79,10 +98,16 @@ def class_axis(outputs: torch.Tensor, targets: torch.Tensor) -> int:
         raise ValueError(f"targets must be classes, whole numbers such as int64, not {kind} ({told}); {_ways(wanted)}")
     if outputs.ndim < 2 or outputs.ndim != targets.ndim + 1:
         raise ValueError(f"{told} do not fit together: {_FORMS}, with targets that lack the classes; {_ways(wanted)}")
-    axis = 2 if outputs.ndim == 3 else 1
-    if shape[:axis] + shape[axis + 1 :] != wanted:
-        turn = "; output=lambda out: out.transpose(1, 2) puts the classes last" if outputs.ndim == 3 else ""
-        raise ValueError(f"{told} do not fit together: {_FORMS}{turn}; {_ways(wanted)}")
+    axes = [axis for axis in ((2, 1) if outputs.ndim == 3 else (1,)) if shape[:axis] + shape[axis + 1 :] == wanted]
+    if not axes:
+        raise ValueError(f"{told} do not fit together: {_FORMS}; {_ways(wanted)}")
+    axis = axes[0]
+    if len(axes) > 1 and shape[1] > 1:
+        warnings.warn(
+            f"{told} are read as (N, tokens, classes), not as (N, classes, positions): both fit. If the classes come "
+            "second, say so by metric=lambda out, targets: out.argmax(1) == targets, and in training by a loss_fn",
+            stacklevel=callers_level(),
+        )
     if shape[axis] < 2:
         raise ValueError(f"{told}: one output cannot tell classes apart; {_ways(wanted)}")
     return axis
@@ -90,7 +115,7 @@ def class_axis(outputs: torch.Tensor, targets: torch.Tensor) -> int:
 
 def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return torch's cross-entropy, for outputs (N, tokens, classes) too, where torch wants the classes second."""
-    tokens = outputs.ndim == 3 and targets.ndim == 2
+    tokens = outputs.ndim == 3 and outputs.shape[:2] == targets.shape
     return F.cross_entropy(outputs.transpose(1, 2) if tokens else outputs, targets)
 
 

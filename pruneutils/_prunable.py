@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from ._checks import nearest
+from ._checks import a_model, nearest
 
 _PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -29,6 +29,7 @@ def prunable_weights(model: nn.Module, exclude: str | Iterable[str] = ()) -> dic
         >>> {name: tuple(weight.shape) for name, weight in pu.prunable_weights(model, exclude="fc3").items()}
         {'fc1.weight': (300, 784), 'fc2.weight': (100, 300)}
     """
+    patterns = _patterns(a_model(model), exclude)
     weights, seen = {}, set()
     for name, module in _prunable_layers(model):
         weight = module._parameters.get("weight")
@@ -42,11 +43,25 @@ def prunable_weights(model: nn.Module, exclude: str | Iterable[str] = ()) -> dic
             weights[name] = weight
     if not weights:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer: nothing to prune")
-    excluded = match_layers(weights, [exclude] if isinstance(exclude, str) else exclude, "exclude")
+    excluded = match_layers(weights, patterns, "exclude")
     weights = {name: weight for name, weight in weights.items() if name not in excluded}
     if not weights:
         raise ValueError(f"exclude={exclude!r} leaves nothing to prune")
     return weights
+
+
+def _patterns(model, exclude) -> list[str]:
+    """Return the names and globs of `exclude`; TypeError for anything else, with the names of modules given."""
+    given = [exclude] if isinstance(exclude, (str, nn.Module)) else exclude
+    if not isinstance(given, Iterable):
+        raise TypeError(f"exclude must be names or globs of layers, such as ['fc1', 'layer1.*'], not {exclude!r:.80}")
+    given = list(given)
+    for each in given:
+        if not isinstance(each, str):
+            name = next((name for name, module in model.named_modules() if module is each), "")
+            kind = f"a {type(each).__name__}; say {name!r}" if name else f"{each!r:.80}"
+            raise TypeError(f"exclude takes the names or globs of layers, not {kind}")
+    return given
 
 
 def present_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,10 +90,14 @@ def match_layers(names: Iterable[str], patterns: Iterable[str], argument: str) -
     """Return {parameter name: the first of `patterns` that fits it}; each must fit a layer's or a parameter's name."""
     names, found = list(names), {}
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument}: layers are told by name or glob, such as 'fc1', not {pattern!r:.80}")
         fits = [n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(layer_name(n), pattern)]
         if not fits:
             layers = [layer_name(name) for name in names]
-            raise ValueError(f"{argument}: no prunable layer fits {pattern!r}; {nearest(pattern, layers)}")
+            inside = any(name.startswith(f"{pattern}.") for name in layers)
+            hint = f"did you mean '{pattern}.*', the layers inside of it?" if inside else nearest(pattern, layers)
+            raise ValueError(f"{argument}: no prunable layer fits {pattern!r}; {hint}")
         for name in fits:
             found.setdefault(name, pattern)
     return found

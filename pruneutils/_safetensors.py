@@ -41,13 +41,28 @@ def read(path: str | os.PathLike, checked: bool = True) -> tuple[dict[str, torch
 
     Without its checksum it is broken too, unless it is not `checked`, for files from elsewhere.
     """
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, not a file")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is no whole safetensors file: {error}{_what_else(path)}") from error
     if checked or CHECKSUM in texts:
         if texts.get(CHECKSUM) != checksum(tensors, texts):
             raise ValueError(f"{path} is damaged: its checksum is not that of its content")
     return tensors, texts
+
+
+def _what_else(path) -> str:
+    """Say what a file is that safetensors does not know."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if not start:
+        return ". It is empty (0 bytes)"
+    if start == b"PK\x03\x04":
+        return ". It looks like a file of torch.save; pu.models.load_weights(model, path) reads its weights"
+    return ""

@@ -4,19 +4,19 @@ import contextlib
 import functools
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from ._checks import is_pair, one_of
+from ._checks import a_model, a_pair, is_pair, one_of, some_data
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter, the CPU for a model without any."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return next((p.device for p in a_model(model).parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager
@@ -33,14 +33,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def batches(data: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the (inputs, targets) batches of `data`, which may be one such pair; TypeError if it is neither."""
-    if is_pair(data):
-        data = [data]
-    if torch.is_tensor(data) or not isinstance(data, Iterable):
-        raise TypeError(f"data must be one (inputs, targets) pair of tensors or an iterable of them, not {type(data)}")
-    for batch in data:
-        if not is_pair(batch):
-            raise TypeError(f"a batch must be an (inputs, targets) pair of tensors, not {type(batch)}")
-        yield tuple(batch)
+    for batch in [data] if is_pair(data) else some_data("data", data):
+        yield a_pair("a batch", batch)
 
 
 def seed_device(device: torch.device, seed: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import _safetensors, _stored
-from ._checks import nearest
+from ._checks import a_model, a_path, nearest
 from .model_utils import check_masks, get_masks, layer_name, make_permanent, prunable_weights, set_masks
 from .models.recipes import follow
 from .pruning import replay
@@ -52,7 +52,10 @@ def save(model: nn.Module, path: str | os.PathLike, *, dense: bool = False, **fa
         >>> size < 0.15 * 4 * pu.cost(model, torch.zeros(1, 1, 28, 28)).parameters
         True
     """
-    path, told = Path(path), _json_of_facts(facts)
+    a_model(model)
+    path, told = Path(a_path(path)), _json_of_facts(facts)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it, such as {path / 'model.safetensors'}")
     state, masks = model.state_dict(), {} if dense else get_masks(model)
     for name, tensor in state.items():
         if not torch.is_tensor(tensor):
@@ -94,8 +97,9 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         >>> torch.equal(again.fc1.weight, model.fc1.weight)
         True
     """
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not a {type(model).__name__}")
+    a_path(path)
+    if model is not None:
+        a_model(model)
     with _explained(path):
         stored = _stored.read(path)
         made = _make(stored) if model is None else model

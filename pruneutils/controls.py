@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ._checks import one_of
+from ._checks import masks_by_name, one_of
 from .model_utils import Masks, attach_masks, get_masks, layer_name
 from .pruning import criteria
 
@@ -37,7 +37,7 @@ def shuffle_masks(masks: Tensors, seed: int = 0) -> Masks:
     return Masks(
         {
             name: mask.reshape(-1)[torch.randperm(mask.numel(), generator=generator).to(mask.device)].view(mask.shape)
-            for name, mask in masks.items()
+            for name, mask in masks_by_name(masks).items()
         }
     )
 
@@ -104,6 +104,9 @@ def inverted(criterion: str | Callable = "magnitude", **options: object) -> Call
     Returns:
         A criterion, for wherever one is asked for.
 
+    Raises:
+        ValueError: For an unknown name.
+
     Example:
         >>> model = torch.nn.Linear(4, 1, bias=False)
         >>> with torch.no_grad():
@@ -111,6 +114,9 @@ def inverted(criterion: str | Callable = "magnitude", **options: object) -> Call
         >>> pu.prune(model, pu.inverted("magnitude"), sparsity=0.5)["weight"].tolist()
         [[False, True, True, False]]
     """
+
+    if isinstance(criterion, str):
+        one_of("criterion", criterion, criteria.list_criteria())
 
     def score(model, data=None, loss_fn=None, seed=0):
         chosen = criteria.bind(criterion, data, loss_fn, seed, options)
@@ -214,6 +220,7 @@ def _ratio(both, either) -> float:
 
 
 def _check_alike(masks_a, masks_b):
+    masks_by_name(masks_a), masks_by_name(masks_b)
     if masks_a.keys() != masks_b.keys():
         only_a, only_b = (sorted(x.keys() - y.keys()) for x, y in ((masks_a, masks_b), (masks_b, masks_a)))
         told = [f"{', '.join(o)} only in {which}" for o, which in ((only_a, "the first"), (only_b, "the second")) if o]

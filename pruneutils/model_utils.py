@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from . import _masks
-from ._checks import callers_level, nearest
+from ._checks import a_model, callers_level, masks_by_name, nearest
 from ._evaluation import Judge, Metric, Output
 from ._masks import Mask
 from ._masks import attach as attach_masks
 from ._prunable import layer_name, match_layers, present_weights, prunable_weights
-from ._torch import autocast, batches, device_of, in_mode, resolve_precision
+from ._torch import resolve_precision
 
 __all__ = [
     "Count",
@@ -104,7 +104,7 @@ class Count:
 
 def masked(model: nn.Module) -> dict[str, Mask]:
     """Return {parameter name: mask} of the masked weights; ValueError if one was replaced by another shape."""
-    _masks.settle(model)
+    _masks.settle(a_model(model))
     found = {name: _masks.mask_of(weight) for name, weight in present_weights(model).items()}
     return {name: mask for name, mask in found.items() if mask is not None}
 
@@ -141,7 +141,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         model: Any `nn.Module` with convolution or linear layers.
-        masks: {parameter name: bool or 0/1 tensor of the weight's shape}, True or 1 = kept.
+        masks: {parameter name: bool or 0/1 tensor of the weight's shape}, True or 1 = kept. The prefixes "module." and
+            "_orig_mod.", which DataParallel and torch.compile put before names, may be there or not.
 
     Raises:
         ValueError: For an unknown name, another shape, or entries other than 0 and 1. The model is then as it was.
@@ -172,10 +173,18 @@ def replace_mask(model: nn.Module, name: str, mask: torch.Tensor) -> None:
 def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return copies of `masks` as bool tensors on the devices of the weights; ValueError if they do not fit `model`."""
     weights, checked = prunable_weights(model), {}
-    for name, mask in masks.items():
-        if name not in weights:
-            raise ValueError(f"no prunable weight is called {name!r}; {nearest(name, weights)}")
-        weight, mask = weights[name], torch.as_tensor(mask).detach()
+    bare = {_bare(name): name for name in weights}
+    for given, mask in masks_by_name(masks).items():
+        name = given if given in weights else bare.get(_bare(str(given)))
+        if name is None:
+            raise ValueError(f"no prunable weight is called {given!r}; {nearest(given, weights)}")
+        if name in checked:
+            raise ValueError(f"{name} is given two masks, one of them as {given!r}")
+        weight = weights[name]
+        try:
+            mask = torch.as_tensor(mask).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{given}: a mask is a tensor of 0 and 1, not {mask!r:.80}") from error
         if mask.shape != weight.shape:
             raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
         keep = mask.to(torch.bool, copy=True)
@@ -183,6 +192,12 @@ def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str
             raise ValueError(f"{name}: a mask holds only 0 and 1 (or False and True)")
         checked[name] = keep if weight.is_meta else keep.to(weight.device)
     return checked
+
+
+def _bare(name: str) -> str:
+    """Return a parameter's name without what torch.compile and DataParallel put before it."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
 def hold(model: nn.Module) -> nn.Module:
@@ -266,7 +281,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
         >>> pu.get_masks(model), pu.count(model).kept
         (Masks(0 weights, 0 of 0 kept, sparsity 0.0000), 26620)
     """
-    if shared := _masks.let_go(model):
+    if shared := _masks.let_go(a_model(model)):
         warnings.warn(
             f"{', '.join(shared)}: shared with a pruned model outside of this one, and masked until that one is made "
             "permanent too",
@@ -411,7 +426,6 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "shape", "total", "kept", "sparsity"])
 
 
-@torch.no_grad()
 def accuracy(
     model: nn.Module,
     data: object,
@@ -425,8 +439,8 @@ def accuracy(
 
     Args:
         model: Any classifier that maps inputs (N, ...) to outputs (N, classes) for targets (N,); or to outputs
-            (N, tokens, classes) for targets (N, tokens); or to outputs (N, classes, height, width) for targets
-            (N, height, width), where each token or pixel counts.
+            (N, tokens, classes) for targets (N, tokens); or to outputs (N, classes, height, width), or with
+            any other positions, for targets (N, height, width). Each token or pixel counts.
         data: One (inputs (N, ...), targets) pair of tensors, or an iterable of such batches. Targets of -100, which
             cross-entropy ignores, are left out.
         topk: Count a sample as correct if its target is among the `topk` highest outputs.
@@ -446,6 +460,9 @@ def accuracy(
             and targets do not fit together.
         TypeError: If the model returns no tensor and there is no `output`.
 
+    Warns:
+        UserWarning: If outputs (N, tokens, classes) could as well be (N, classes, positions), since both are as many.
+
     Example:
         >>> logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
         >>> pu.accuracy(torch.nn.Identity(), (logits, torch.tensor([1, 2])))
@@ -459,13 +476,4 @@ def accuracy(
         >>> pu.accuracy(torch.nn.Identity(), (outputs, targets), metric=lambda out, y: (out - y).abs())
         0.25
     """
-    judge = Judge(topk, output, metric)
-    device, precision = device_of(model), resolve_precision(precision, model)
-    sums = torch.zeros(3, dtype=torch.long, device=device)  # summed on the device: one transfer at the end
-    with in_mode(model, training=False):
-        for inputs, targets in batches(data):
-            targets = targets.to(device, non_blocking=True)
-            with autocast(precision, device):
-                outputs = judge.outputs(model(inputs.to(device, non_blocking=True)))
-            sums = sums + judge(outputs, targets)
-    return judge.mean(sums)
+    return Judge(topk, output, metric).accuracy(model, data, resolve_precision(precision, a_model(model)))

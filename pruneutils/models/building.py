@@ -1,5 +1,6 @@
 """Build a network by its name, with weights that its seed decides whatever other threads draw meanwhile."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import _torchvision
-from .._checks import nearest, whole
+from .._checks import a_seed, nearest, whole
 from .._dispatch import Watch
 from .networks import NETWORKS
 
@@ -50,7 +51,9 @@ def create(name: str, num_classes: int = 10, seed: int = 0, **kwargs: Any) -> nn
     """
     whole("num_classes", num_classes)
     build = _builder(name)
-    with _DrawnFrom(torch.Generator().manual_seed(seed)), torch.device("cpu"):
+    if name in NETWORKS:
+        _check_options(name, build, kwargs)
+    with _DrawnFrom(torch.Generator().manual_seed(a_seed(seed))), torch.device("cpu"):
         model = build(num_classes=num_classes, **kwargs)
     plain = {key: value for key, value in kwargs.items() if key not in FETCHING}
     model.recipe = {"name": name, "num_classes": num_classes, "seed": seed, **plain}
@@ -124,6 +127,14 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     return NETWORKS[name]
 
 
+def _check_options(name, build, options) -> None:
+    """This package's networks say which options they have; timm's and torchvision's pass them on."""
+    known = [own for own in inspect.signature(build).parameters if own != "num_classes"]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"{name} has no option {option!r}; its own: {', '.join(known)}")
+
+
 def _timm():
     _torchvision.load()  # timm imports it
     import timm
@@ -136,4 +147,5 @@ def _unknown(name: object, known: Iterable[str]) -> ValueError:
     hint = nearest(name, known)
     if hint.startswith("known") and "timm/" in hint:
         hint = "timm.list_models() names all that timm has"
-    return ValueError(f'unknown model {name!r}; {hint} (also "timm/<name>" and "torchvision/<name>")')
+    shown = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+    return ValueError(f'unknown model {shown}; {hint} (also "timm/<name>" and "torchvision/<name>")')

@@ -2,13 +2,14 @@
 
 import importlib.resources
 import os
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .. import _safetensors
-from .._checks import one_of
+from .._checks import a_model, a_path, one_of
 
 _KEYS = ("state_dict", "model_state_dict", "model", "net")  # where checkpoints keep the weights, if not at the top
 _PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before the names
@@ -46,7 +47,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, by_position: bool = 
         >>> torch.equal(model.fc1.weight, source.fc1.weight)
         True
     """
-    found, wanted = _read(path), model.state_dict()
+    found, wanted = _read(a_path(path)), a_model(model).state_dict()
     if by_position:
         if len(found) != len(wanted):
             raise ValueError(f"{path} holds {len(found)} tensors, this {type(model).__name__} {len(wanted)}")
@@ -109,6 +110,8 @@ def imagenet_weights(name: str) -> Path:
 
 
 def _read(path) -> dict[str, torch.Tensor]:
+    if not os.path.getsize(path):
+        raise ValueError(f"{path} is empty (0 bytes)")
     with open(path, "rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"  # eight bytes of length, then a header in JSON
     try:
@@ -117,7 +120,7 @@ def _read(path) -> dict[str, torch.Tensor]:
         else:
             found, texts = torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as error:  # damaged pickles end in almost any exception
-        told = str(error).strip().split("\n")[0]
+        told = re.sub(r"\x1b\[\d*m", "", str(error)).strip().split("\n")[0].split(". ")[0]
         raise ValueError(
             f"{path} is damaged, or not a checkpoint of plain tensors, so it is not loaded "
             f"({type(error).__name__}{': ' if told else ''}{told})"

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import nn
@@ -126,15 +125,16 @@ def prune(
         >>> pu.prune(model, "magnitude", sparsity=0.9)
         Masks(3 weights, 26,620 of 266,200 kept, sparsity 0.9000)
     """
+    _checks.a_model(model)
+    if isinstance(data, Iterator):
+        data = list(data)  # an iterator would be empty when scores are computed again
+    chosen = criteria.bind(criterion, data, loss_fn, seed, options)
     contest = plan(model, sparsity, scope, granularity, exclude)
     step_to = _checks.choose("schedule", schedule, schedules.SCHEDULES)
     _checks.fraction("drop_probability", drop_probability)
     _checks.whole("iterations", iterations)
     if iterations > 1 and (drop_probability < 1 or contest.unit.fixed_sparsity() is not None):
         raise ValueError(f"iterations={iterations} goes neither with drop_probability below 1 nor with N:M: use 1")
-    if isinstance(data, Iterator):
-        data = list(data)  # an iterator would be empty when scores are computed again
-    chosen = criteria.bind(criterion, data, loss_fn, seed, options)
 
     weights, alive, ties = contest.weights, dict(contest.present), {}
     before = {name: w.detach().clone() for name, w in weights.items()} if restorable or iterations > 1 else None
@@ -213,11 +213,10 @@ def prune_threshold(
     """
     unit = granularities.find(granularity)
     weights = prunable_weights(model, exclude)
+    threshold = _checks.number("threshold", threshold, finite=False)
     _checks.fraction("drop_probability", drop_probability)
     if unit.fixed_sparsity() is not None:
         raise ValueError(f"{unit} knows no threshold; use prune")
-    if isinstance(threshold, bool) or not isinstance(threshold, Real) or math.isnan(threshold):
-        raise ValueError(f"threshold must be a number, not {threshold!r}")
     unit.check(weights)
     _check_not_transposed(model, weights, unit)
     chosen = criteria.bind(criterion, data, loss_fn, seed, options)

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import nn
 from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._checks import unknown
+from .._checks import a_function, a_seed, inputs_told, unknown
 from .._torch import batches, device_of, generator, in_mode, own_random_state
 from ..model_utils import layer_name, prunable_weights
 
@@ -271,7 +272,9 @@ def _gradients(model, data, loss_fn, weights=None) -> dict[str, tuple[torch.Tens
     """{parameter name: (weight, gradient of the mean loss over all samples of `data`)}."""
     weights, total = weights or prunable_weights(model), None
     for inputs, targets, share in _shares(model, data):
-        part = grad(share * loss_fn(model(inputs), targets), weights.values(), materialize_grads=True)
+        with inputs_told(inputs, targets):
+            loss = share * loss_fn(model(inputs), targets)
+        part = grad(loss, weights.values(), materialize_grads=True)
         total = part if total is None else [a + b for a, b in zip(total, part)]
     return {name: (weight, g) for (name, weight), g in zip(weights.items(), total)}
 
@@ -345,14 +348,18 @@ def bind(criterion, data, loss_fn, seed, options) -> Bound:
         raise unknown("criterion", criterion, _CRITERIA)
     function = _CRITERIA[criterion] if isinstance(criterion, str) else criterion
     if not callable(function):
-        raise TypeError(f"a criterion is a name or a callable (model, data) -> scores, not {criterion!r}")
+        way = f"; is sparsity={criterion!r} meant?" if isinstance(criterion, Real) else ""
+        raise TypeError(f"criterion must be a name or a callable (model, data) -> scores, not {criterion!r:.80}{way}")
+    a_function("loss_fn", loss_fn)
     name = getattr(function, "__name__", type(function).__name__)
     parameters = list(inspect.signature(function).parameters.values())[1:]
     takes = [p.name for p in parameters]
     any_option = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if not any_option and (foreign := sorted(set(options) - set(takes))):
-        raise TypeError(f"criterion {name!r} has no option {', '.join(foreign)}; its own: {', '.join(takes) or 'none'}")
-    offered = dict(loss_fn=loss_fn or F.cross_entropy, seed=seed, **options)
+        way = "; how much goes is called sparsity" if {"amount", "ratio", "fraction"} & set(foreign) else ""
+        own = f"its own: {', '.join(takes) or 'none'}{way}"
+        raise TypeError(f"criterion {name!r} has no option {', '.join(foreign)}; {own}")
+    offered = dict(loss_fn=loss_fn or F.cross_entropy, seed=a_seed(seed), **options)
     given = {key: value for key, value in offered.items() if key in takes or key in options}
     if function not in _CRITERIA.values():  # a callable of the user's own gets its data by position, whatever its name
         return Bound(name, function, lambda model: function(model, data, **given))

@@ -97,6 +97,7 @@ def prune_filters(
         >>> sum(module.out_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d))  # of 4,224
         2112
     """
+    _checks.a_model(model)
     targets = targets_of(ratio, rounds, schedule)
     _checks.one_of("of", of, QUANTITIES)
     _checks.fraction("min_density", min_density)

@@ -250,7 +250,8 @@ class _Fixed:
 def find(granularity: "str | Granularity") -> Granularity:
     """Return a granularity by its name, "N:M" included, or as it is; ValueError for an unknown name."""
     if not isinstance(granularity, str):
-        if all(hasattr(granularity, name) for name in ("tile", "check", "select", "rank")):
+        known = all(hasattr(granularity, name) for name in ("tile", "check", "select", "rank"))
+        if known and not isinstance(granularity, type):
             return granularity
         raise TypeError(f"a granularity is a name or an object such as pu.Block(4, 4), not {granularity!r}")
     n, colon, m = granularity.partition(":")

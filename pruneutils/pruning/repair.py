@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .._checks import is_pair
+from .._checks import a_model, is_pair
 from .._torch import device_of, in_mode
 from ..model_utils import accuracy, get_masks, layer_name, prunable_weights
 from ._leastsquares import add, fit
@@ -68,7 +68,9 @@ def recalibrate(model: nn.Module, data: object, test: object = None) -> Recalibr
     References:
         Li et al. 2020, EagleEye (adaptive batch norm).
     """
-    names = {m: name for name, m in model.named_modules() if isinstance(m, _Norm) and m.running_mean is not None}
+    names = {
+        m: name for name, m in a_model(model).named_modules() if isinstance(m, _Norm) and m.running_mean is not None
+    }
     if not names:
         raise ValueError(f"{type(model).__name__} has no batch norm with running statistics: nothing to measure")
     data = list(data) if isinstance(data, Iterator) else data

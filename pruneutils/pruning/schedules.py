@@ -5,7 +5,7 @@ A schedule is a function `(progress, start, target) -> sparsity`; all four are f
 
 from collections.abc import Callable
 
-from .._checks import choose
+from .._checks import choose, fraction
 
 Schedule = Callable[[float, float, float], float]
 SCHEDULES: dict[str, Schedule] = {}
@@ -66,10 +66,11 @@ def sparsity_at(
         The sparsity, a fraction.
 
     Raises:
-        ValueError: If no schedule has this name.
+        ValueError: If no schedule has this name, or a number is outside of [0, 1].
 
     Example:
         >>> [round(pu.sparsity_at(step / 3, 0.875), 3) for step in (1, 2, 3)]
         [0.5, 0.75, 0.875]
     """
-    return choose("schedule", schedule, SCHEDULES)(progress, start, sparsity)
+    rule = choose("schedule", schedule, SCHEDULES)
+    return rule(fraction("progress", progress), fraction("start", start), fraction("sparsity", sparsity))

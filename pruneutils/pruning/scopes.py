@@ -84,10 +84,17 @@ def erk_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> di
     Returns:
         {name: sparsity of this layer, a fraction}.
 
+    Raises:
+        TypeError: If `shapes` is no mapping.
+        ValueError: If `sparsity` is no fraction.
+
     Example:
         >>> pu.erk_sparsities({"fc1": (300, 784), "fc2": (10, 300)}, 0.9)["fc2"]
         0.0
     """
+    if not isinstance(shapes, Mapping):
+        raise TypeError(f"shapes must be {{layer name: shape of its weight}}, not a {type(shapes).__name__}")
+    fraction("sparsity", sparsity)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
     budget = (1 - sparsity) * sum(sizes.values())
@@ -112,6 +119,8 @@ def competitions(weights: Weights, sparsity: float | Mapping[str, float] | None,
             fraction(f"sparsity of {pattern!r}", share)
         found = match_layers(weights, sparsity, "sparsity")
         return [([name], round(sparsity[found[name]] * weights[name].numel())) for name in weights if name in found]
+    if sparsity is None:
+        raise ValueError("sparsity must be a fraction in [0, 1], such as sparsity=0.9, not None")
     groups = rule(weights, fraction("sparsity", sparsity))
     _check(groups, weights, scope)
     return groups

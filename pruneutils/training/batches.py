@@ -13,10 +13,14 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 def epochs_of(train: object, batch_size: int, seed: int) -> tuple[Callable[[], Batches], int]:
     """Return a function that starts a new epoch of shuffled batches, and the number of batches of an epoch."""
     batch_size = _checks.whole("batch_size", batch_size)
+    if train is not None:
+        _checks.some_data("train", train)
     generator = torch.Generator().manual_seed(seed)
     if hasattr(train, "batches"):
         start, n = lambda: train.batches(batch_size, generator=generator), -(-len(train) // batch_size)
     elif _checks.is_pair(train):
+        if len(train[0]) != len(train[1]):
+            raise ValueError(f"train holds inputs of {len(train[0]):,} samples, and targets of {len(train[1]):,}")
         start, n = lambda: _shuffled(*train, batch_size, generator), -(-len(train[1]) // batch_size)
     else:
         start, n = lambda: batches(iter(train)), _length(train)

@@ -240,7 +240,7 @@ def _seed_of(seed: int, stage: int) -> int:
 
 
 def _ascending(sparsities, argument="sparsities") -> list[float]:
-    if not isinstance(sparsities, Iterable) or not (sparsities := list(sparsities)):
+    if isinstance(sparsities, str) or not isinstance(sparsities, Iterable) or not (sparsities := list(sparsities)):
         raise ValueError(f"{argument} must be a list of ascending fractions such as [0.5, 0.9], not {sparsities!r}")
     for sparsity in sparsities:
         _checks.fraction(f"{argument}: each", sparsity)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from .. import _checks
-from .._evaluation import Judge, Metric, Output, cross_entropy
+from .._evaluation import LEFT_OUT, Judge, Metric, Output, cross_entropy
 from .._torch import autocast, device_of, in_mode, resolve_precision, seed_device
-from ..model_utils import accuracy, count, dense_gradients
+from ..model_utils import count, dense_gradients
 from . import numerics, optimizers
 from .batches import Batches, epochs_of
 
@@ -109,10 +109,10 @@ def fit(
     """
     setup = _set_up(
         model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every,
-        steps_per_epoch, start_step, output, metric,
+        steps_per_epoch, start_step, output, metric, test, loss_fn, on_step,
     )  # fmt: skip
     optimizer, precision, device, seed = setup.optimizer, setup.precision, device_of(model), setup.seed
-    judge, measuring = setup.judge, dict(precision=setup.precision, output=output, metric=metric)
+    judge = setup.judge
     loss_fn = loss_fn or cross_entropy
     rows, step, steps = [], 0, epochs * setup.per_epoch
     with (
@@ -134,8 +134,10 @@ def fit(
                     group["lr"] = rate * setup.lr_factor((step - 1) / steps)
                 inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                 seed_device(device, seed * 1_000_003 + step)  # a run from `start_step` draws the same dropout
-                with autocast(precision, device), _buffers_put_back(model) if seen == 0 else contextlib.nullcontext():
-                    outputs = judge.outputs(model(inputs))
+                with autocast(precision, device), _unless_refused(model) if seen == 0 else contextlib.nullcontext():
+                    with _checks.inputs_told(inputs, targets):
+                        returned = model(inputs)
+                    outputs = judge.outputs(returned)
                     judged = judge(outputs, targets)
                     loss = loss_fn(outputs, targets)
                 optimizer.zero_grad()
@@ -155,7 +157,7 @@ def fit(
                     "epoch": epoch,
                     "train_loss": loss_sum.item() / seen,
                     "train_accuracy": judge.mean(sums),
-                    "test_accuracy": accuracy(model, test, **measuring) if measure else float("nan"),
+                    "test_accuracy": judge.accuracy(model, test, precision) if measure else float("nan"),
                     "sparsity": _sparsity(model),
                     "lr": optimizer.param_groups[0]["lr"],
                     "precision": precision,
@@ -180,31 +182,49 @@ class Setup:
 
 def _set_up(
     model, train, epochs, optimizer, lr, lr_schedule, seed, batch_size, weight_decay, precision, test_every,
-    steps_per_epoch, start_step, output, metric,
+    steps_per_epoch, start_step, output, metric, test, loss_fn, on_step,
 ) -> Setup:  # fmt: skip
+    _checks.a_model(model)
     _checks.whole("epochs", epochs)
     _checks.whole("test_every", test_every)
     _checks.whole("start_step", start_step, least=0)
-    seed = _checks.whole("seed", seed, least=0)
+    seed = _checks.a_seed(seed)
+    _check_test(test)
+    _checks.a_function("on_step", on_step)
+    _checks.a_function("loss_fn", loss_fn)
     lr_factor = _checks.choose("lr_schedule", lr_schedule, optimizers.LR_SCHEDULES)
-    judge = Judge(output=output, metric=metric)
+    judge = Judge(output=output, metric=metric, left_out=getattr(loss_fn, "ignore_index", LEFT_OUT))
     precision = resolve_precision(precision, model)
     new_epoch, per_epoch = epochs_of(train, batch_size, seed)
     if steps_per_epoch is not None:
         per_epoch = min(per_epoch, _checks.whole("steps_per_epoch", steps_per_epoch))
+    if start_step > epochs * per_epoch:
+        raise ValueError(f"start_step={start_step} is beyond the end of training after {epochs * per_epoch} steps")
     optimizer = optimizers.create(optimizer, model, lr, weight_decay)
     return Setup(optimizer, lr_factor, precision, seed, new_epoch, per_epoch, judge)
 
 
 def check_arguments(model: nn.Module, train: object, **options: object) -> Setup:
     """Raise what `fit(model, train, **options)` would raise about its arguments, before anything changes."""
+    for name in options:
+        if name not in inspect.signature(fit).parameters:
+            raise TypeError(f"fit has no argument {name!r}; {_checks.nearest(name, inspect.signature(fit).parameters)}")
     call = inspect.signature(fit).bind(model, train, **options)
     call.apply_defaults()
     return _set_up(**{name: call.arguments[name] for name in inspect.signature(_set_up).parameters})
 
 
+def _check_test(test) -> None:
+    """An error about `test` shall not wait for the end of the first epoch."""
+    if test is None:
+        return
+    _checks.some_data("test", test)
+    if isinstance(test, Iterator):
+        raise TypeError(f"test must be re-iterable, since it is measured after every epoch; not {type(test).__name__}")
+
+
 @contextlib.contextmanager
-def _buffers_put_back(model) -> Iterator[None]:
+def _unless_refused(model) -> Iterator[None]:
     """Put the buffers back if the first batch turns out not to fit: batch norm has counted it already."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

@@ -30,6 +30,9 @@ def create(
     optimizer: str | torch.optim.Optimizer | Callable, model: nn.Module, lr: float | None, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Return the optimizer asked for; ValueError if it is one of another model."""
+    if lr is not None:
+        lr = _checks.number("lr", lr, least=0)
+    weight_decay = _checks.number("weight_decay", weight_decay, least=0)
     if isinstance(optimizer, str):
         return _checks.choose("optimizer", optimizer, OPTIMIZERS)(model.parameters(), lr, weight_decay)
     if lr is not None or weight_decay:
@@ -37,7 +40,10 @@ def create(
     if not isinstance(optimizer, torch.optim.Optimizer):
         if not callable(optimizer):
             raise _checks.unknown("optimizer", optimizer, OPTIMIZERS)
-        optimizer = optimizer(model.parameters())
+        made = optimizer(model.parameters())
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={optimizer!r:.60} must return a torch Optimizer, not {made!r:.60}")
+        optimizer = made
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
