@@ -8,6 +8,7 @@ from . import _checks
 from .checkpoints import load, save
 from .controls import inverted, overlap, overlap_matrix, redraw, shuffle_masks
 from .costs import cost, cost_table
+from .doctor import check
 from .model_utils import (
     Count,
     Masks,
@@ -115,6 +116,7 @@ __all__ = [
     "Tiles",
     "accuracy",
     "backward_pruned",
+    "check",
     "cost",
     "cost_table",
     "count",

@@ -23,7 +23,7 @@ gradient has been accumulated (`mask`), after every optimizer step (`optimizers`
 (`claims`).
 """
 
-from .claims import attach, claimed_elsewhere, let_go, settle
+from .claims import attach, claimed_elsewhere, let_go, replaced, settle
 from .mask import Mask, gradients_masked, mask_of, set_dense_gradients
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "gradients_masked",
     "let_go",
     "mask_of",
+    "replaced",
     "set_dense_gradients",
     "settle",
 ]

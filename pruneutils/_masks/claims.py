@@ -80,6 +80,13 @@ def _replaced(module) -> Iterator[tuple[str, nn.Parameter, Mask]]:
             yield attribute, parameter, claim.mask
 
 
+def replaced(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    """Yield (name, parameter, mask) of parameters without a mask that stand where one with this mask stood."""
+    for layer, module in model.named_modules():
+        for attribute, parameter, mask in _replaced(module):
+            yield _joined(layer, attribute), parameter, mask.keep
+
+
 def _settle_module(module):
     for _, parameter, old in _replaced(module):
         if parameter.shape == old.keep.shape:
