@@ -200,15 +200,19 @@ def test_taps_that_only_ever_meet_padding_are_no_cut_paths():
     pu.prune(model, "random", 0.5, scope="layer")
     assert not pu.check(model, data=torch.ones(1, 2, 1, 1))
     keep = pu.get_masks(model)
-    keep["2.weight"][:, :, 1, 1] = False
+    keep["2.weight"][:, 1:] = False
     pu.set_masks(model, keep)
-    assert names(pu.check(model, data=torch.ones(1, 2, 1, 1))) == {"disconnected_paths"}
+    (found,) = pu.check(model, data=torch.ones(1, 2, 1, 1))
+    useful = [keep[name][:, :, 1, 1] for name in keep]
+    lost, total = int(useful[0][1:].sum()), int(useful[0].sum() + useful[1].sum())
+    assert (found.check, found.where) == ("disconnected_paths", "0")
+    assert found.what.startswith(f"{lost} of {total} kept weights have no effect")
 
 
 def test_findings_are_a_table_in_jupyter_and_text_elsewhere():
     model, optimizer = trained()
     healthy = pu.check(model)
-    assert repr(healthy) == healthy._repr_html_() == "no findings" and healthy.table().empty
+    assert repr(healthy) == healthy._repr_html_() == "no findings" and healthy.table().empty and healthy.empty
     write_to_pruned_weights(model, optimizer)
     findings = pu.check(model)
     table = findings.table()

@@ -1,153 +1,20 @@
-"""The doctor: what is wrong, or only looks right, with a pruned model, its optimizer and its statistics.
-
-A finding comes from a check: a short function that looks at a `Patient` and yields what it finds. To add one, write it
-with `@checks`; nothing else has to change. Nothing that is examined is changed, not even a mask that is due to move.
-"""
+"""The checks of the doctor, a short function each."""
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 
-import pandas as pd
 import torch
 from torch import nn
 
-from . import _masks
-from ._checks import a_model, is_pair, some_data
-from ._prunable import layer_name, present_weights
-from ._torch import device_of, in_mode
-from .model_utils import make_permanent
-from .pruning import dead_weights
-
-SEVERITIES = ("error", "warning", "note")  # wrong results, likely wrong results, good to know
-_ENOUGH = 128  # samples that statistics are compared on
+from .. import _masks
+from .._prunable import layer_name, present_weights
+from .._torch import in_mode
+from ..model_utils import make_permanent
+from ..pruning import dead_weights
+from .examine import Finding, Patient, checks
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check has found.
-
-    `what` is wrong, `where` (layers or parameters), how bad it is (`severity`: "error" for wrong results, "warning" for
-    likely wrong ones, "note" for what is good to know), and what to `call` about it. `check` is the name of the check.
-    """
-
-    severity: str
-    what: str
-    where: str
-    call: str
-    check: str = ""
-
-
-class Findings(list[Finding]):
-    """A list of findings, the worst first: empty, and so False, if all is well; a table in Jupyter."""
-
-    def table(self) -> pd.DataFrame:
-        """Return a row per finding with the columns severity, what, where, call and check."""
-        columns = ["severity", "what", "where", "call", "check"]
-        return pd.DataFrame([[getattr(each, name) for name in columns] for each in self], columns=columns)
-
-    def __repr__(self) -> str:
-        if not self:
-            return "no findings"
-        return "\n".join(f"{each.severity}: {each.what} ({each.where}). {each.call}" for each in self)
-
-    def _repr_html_(self) -> str:
-        return self.table().drop(columns="check").to_html(index=False) if self else "no findings"
-
-
-def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, data: object = None) -> Findings:
-    """Examine a model for what makes pruning experiments go wrong without an error; nothing is changed.
-
-    It looks for weights and buffers that are not finite, pruned weights that are not zero, zeros that no mask holds,
-    masks whose parameter was replaced, layers and classes without a weight, scores that tie at the cut, tied weights,
-    and a large share of weights outside of every mask; with `optimizer`, for parameters that it no longer shares with
-    the model; with `data`, for batch-norm statistics that do not fit and for kept weights without any effect.
-
-    Args:
-        model: Any `nn.Module`.
-        optimizer: The optimizer that trains the model.
-        data: One (inputs, targets) batch or an iterable of them, or inputs (N, ...) alone; the first 128 samples count.
-
-    Returns:
-        The findings, the worst first. The list is empty, and False, if all is well; Jupyter shows a table. Each finding
-        tells `.what`, `.where`, `.severity` ("error", "warning" or "note"), and what to `.call`.
-
-    Raises:
-        TypeError: If `model`, `optimizer` or `data` is something else.
-
-    Example:
-        >>> model = pu.models.create("lenet300")
-        >>> masks = pu.prune(model, "magnitude", 0.5)
-        >>> pu.check(model)
-        no findings
-        >>> model.fc3.reset_parameters()
-        >>> for finding in pu.check(model):
-        ...     print(finding.severity, finding.where, finding.call)
-        error fc3 pu.hold(model) zeroes them again, pu.make_permanent(model) keeps them
-    """
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch Optimizer, not a {type(optimizer).__name__}")
-    patient = Patient(a_model(model), optimizer, None if data is None else _inputs(data, model))
-    found = [
-        Finding(**{**vars(finding), "check": name}) for name, looks in CHECKS.items() for finding in looks(patient)
-    ]
-    return Findings(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
-
-
-@dataclass
-class Patient:
-    """A model as the checks look at it."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | None = None
-    inputs: torch.Tensor | None = None
-
-    @cached_property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The prunable weights by name, detached."""
-        return {name: w.detach() for name, w in present_weights(self.model).items() if not w.is_meta and w.numel()}
-
-    @cached_property
-    def masks(self) -> dict[str, torch.Tensor]:
-        """The masks by name, as they are now: True = kept."""
-        held = {name: _masks.mask_of(weight) for name, weight in present_weights(self.model).items()}
-        return {
-            name: mask.keep.to(self.weights[name].device)
-            for name, mask in held.items()
-            if mask and name in self.weights
-        }
-
-    @cached_property
-    def n_parameters(self) -> int:
-        """The number of parameters, shared ones once."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @cached_property
-    def failure(self) -> Exception | None:
-        """What a forward pass raises, None if it runs or there are no inputs."""
-        if self.inputs is not None:
-            try:
-                with torch.no_grad(), in_mode(self.model, training=False):
-                    self.model(self.inputs[:1])
-            except Exception as error:
-                return error
-        return None
-
-
-CHECKS: dict[str, Callable[[Patient], Iterable[Finding]]] = {}
-
-
-def checks(function: Callable[[Patient], Iterable[Finding]]) -> Callable[[Patient], Iterable[Finding]]:
-    """Register a check under the name of its function; it takes a `Patient` and yields `Finding`s."""
-    CHECKS[function.__name__] = function
-    return function
-
-
-# --- The checks ------------------------------------------------------------------------------------------------------
 
 
 @checks
@@ -255,11 +122,12 @@ def empty_layers(patient: Patient) -> Iterator[Finding]:
 @checks
 def disconnected_paths(patient: Patient) -> Iterator[Finding]:
     """Kept weights whose every way to the input or the output leads through pruned ones."""
-    if patient.inputs is None or patient.failure or all(keep.all() for keep in patient.masks.values()):
-        return
+    if patient.inputs is None or patient.failure or not any(_cuts_a_channel(patient, name) for name in patient.masks):
+        return  # every channel is written and read, so that what follows, a second or two, would find nothing
     kept = {name: keep & (patient.weights[name] != 0) for name, keep in patient.masks.items()}
     dead = dead_weights(patient.model, patient.inputs[:1])
-    if not any((each & kept[name]).any() for name, each in dead.items() if name in kept):
+    n_dead = sum(_count(each & kept[name]) for name, each in dead.items() if name in kept)
+    if n_dead <= 0.04 * sum(map(_count, kept.values())):  # then no more than 0.05 of the useful ones, as below
         return
     # not those that the architecture cuts off, such as the outer taps of a 3x3 kernel on a single pixel
     whole = make_permanent(copy.deepcopy(patient.model))
@@ -344,8 +212,14 @@ def _count(mask: torch.Tensor) -> int:
     return int(mask.count_nonzero())
 
 
-def _also(masks: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: mask & others[name] for name, mask in masks.items() if name in others}
+def _cuts_a_channel(patient: Patient, name: str) -> bool:
+    """Tell whether some channel that a layer reads or writes has no weight in it."""
+    weight = patient.weights[name] != 0
+    if weight.ndim < 2:
+        return True
+    groups = getattr(patient.model.get_submodule(layer_name(name)), "groups", 1)
+    pairs = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).any(3)  # of channels that are connected
+    return not (pairs.any(2).all() and pairs.any(1).all())
 
 
 def _lowest(weight: torch.Tensor, keep: torch.Tensor) -> float:
@@ -367,27 +241,6 @@ def _layers(names: Iterable[str]) -> str:
 def _listed(names: Iterable[str], most: int = 6) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _inputs(data: object, model: nn.Module) -> torch.Tensor:
-    """Return the first inputs of the data, on the model's device."""
-    if torch.is_tensor(data):
-        parts = [data]
-    elif is_pair(data):
-        parts = [data[0]]
-    else:
-        parts, n = [], 0
-        for batch in some_data("data", data):
-            inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-            if not torch.is_tensor(inputs):
-                raise TypeError(f"a batch must be inputs or an (inputs, targets) pair, not a {type(batch).__name__}")
-            parts.append(inputs)
-            n += len(inputs)
-            if n >= _ENOUGH:
-                break
-    if not sum(len(part) for part in parts):
-        raise ValueError("data holds no sample")
-    return torch.cat(parts)[:_ENOUGH].to(device_of(model))
 
 
 @torch.no_grad()
