@@ -77,7 +77,8 @@ def present_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _prunable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for layer, module in model.named_modules():
-        if isinstance(module, _PRUNABLE):
+        weight = module._parameters.get("weight")
+        if isinstance(module, _PRUNABLE) and (weight is None or 0 not in weight.shape):  # a layer of size zero has none
             yield f"{layer}.weight" if layer else "weight", module
 
 

@@ -84,6 +84,19 @@ def test_nothing_to_prune_and_unknown_layers_are_told():
         pu.prunable_weights(model, ["encodr"])
 
 
+def test_layers_of_size_zero_have_no_weights_to_prune():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 0), nn.Linear(0, 3), nn.Conv2d(0, 4, 3))
+    assert list(pu.prunable_weights(model)) == ["0.weight"]
+    for scope in ("global", "layer", "erk"):
+        for granularity in ("weight", "kernel", "filter"):
+            twin = copy.deepcopy(model)
+            assert pu.prune(twin, "magnitude", 0.5, scope=scope, granularity=granularity).kept == 12
+            assert pu.layer_table(twin).kept.tolist() == [12] and not pu.check(twin)
+    for call in (pu.count, lambda model: pu.prune(model, "magnitude", 0.5)):
+        with pytest.raises(ValueError, match="nothing to prune"):
+            call(model[1:])
+
+
 def test_a_parametrized_weight_is_an_error():
     model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     with pytest.raises(ValueError, match="1.weight is computed by a parametrization"):

@@ -55,7 +55,7 @@ def zeros_without_mask(patient: Patient) -> Iterator[Finding]:
     for name, weight in patient.weights.items():
         keep = patient.masks.get(name)
         n = _count(weight == 0) if keep is None else _count((weight == 0).logical_and_(keep))
-        if n > 0.01 * weight.numel():
+        if 0.01 * weight.numel() < n < weight.numel():  # a layer without any is another finding
             open_zeros[name] = n
     if open_zeros:
         what = f"{sum(open_zeros.values()):,} weights are exactly zero, and no mask holds them there"
@@ -116,7 +116,12 @@ def empty_layers(patient: Patient) -> Iterator[Finding]:
         masked = any(name in patient.masks for name in empty)
         call = "prune anew, with less sparsity, more iterations, or scope='layer' or 'erk'"
         what = f"{len(empty)} of {len(patient.weights)} layers have no weight left"
-        yield Finding("error" if masked else "warning", what, _layers(empty), call if masked else "load its weights")
+        yield Finding(
+            "error" if masked else "warning",
+            what,
+            _layers(empty),
+            call if masked else "train it or load its weights: gradients stop there",
+        )
 
 
 @checks
@@ -217,7 +222,7 @@ def _cuts_a_channel(patient: Patient, name: str) -> bool:
     weight = patient.weights[name] != 0
     if weight.ndim < 2:
         return True
-    groups = getattr(patient.model.get_submodule(layer_name(name)), "groups", 1)
+    groups = getattr(patient.model.get_submodule(name.rpartition(".")[0]), "groups", 1)
     pairs = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).any(3)  # of channels that are connected
     return not (pairs.any(2).all() and pairs.any(1).all())
 

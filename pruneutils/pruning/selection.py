@@ -49,6 +49,8 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
     total = sum(int(alive[n].count_nonzero()) if n in alive else s.numel() for n, s in scores.items())
     if not 0 <= k <= total:
         raise ValueError(f"cannot prune {k} of {total} weights")
+    if not any(s.numel() for s in scores.values()):
+        return Selection({name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}, {})
     single = (torch.float32, torch.bfloat16, torch.float16)
     dtype = torch.float32 if all(s.dtype in single for s in scores.values()) else torch.float64
     transform = transform or (lambda chunk, out: chunk)

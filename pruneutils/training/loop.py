@@ -241,7 +241,10 @@ def _check_finite(model, loss, when) -> None:
     broken = [name for name, weight in model.named_parameters() if not weight.detach().isfinite().all()]
     if broken or not math.isfinite(loss):
         what = f"{broken[0]} became NaN or infinite" if math.isfinite(loss) else f"the training loss became {loss}"
-        raise DivergenceError(f"{what} {when}, sparsity {_sparsity(model):.4f}); try a smaller lr")
+        raise DivergenceError(
+            f"{what} {when}, sparsity {_sparsity(model):.4f}); try a smaller lr. The model is as the last step left "
+            "it: pruned weights are zero, and others may be of no use, so load an earlier state"
+        )
 
 
 def _sparsity(model) -> float:

@@ -23,18 +23,19 @@ def reproducible(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fastest_layout(model: nn.Module) -> Iterator[None]:
-    """Put the channels of convolutions last, as they run fastest in any precision; afterwards first, as usual.
+    """Put the channels of convolutions last, as they run fastest in any precision; afterwards where they were.
 
     The layout depends on the model alone, since sums round differently in another one.
     """
     channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules()) and not _corrupts(model)
+    own = {id(p) for p in model.parameters() if p.ndim == 4 and not p.is_contiguous()}
     if channels_last:
-        _set_layout(model, torch.channels_last)
+        _set_layout(model, lambda p: torch.channels_last)
     try:
         yield
     finally:
         if channels_last:
-            _set_layout(model, torch.contiguous_format)
+            _set_layout(model, lambda p: torch.channels_last if id(p) in own else torch.contiguous_format)
 
 
 def _corrupts(model: nn.Module) -> bool:
@@ -47,7 +48,7 @@ def _corrupts(model: nn.Module) -> bool:
     return any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < 16 for m in layers)
 
 
-def _set_layout(model, memory_format):
+def _set_layout(model, memory_format_of):
     for p in model.parameters():
         if p.ndim == 4:  # Module.to() refuses the five dimensions of Conv3d
-            p.data = p.data.contiguous(memory_format=memory_format)
+            p.data = p.data.contiguous(memory_format=memory_format_of(p))

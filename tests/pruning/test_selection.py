@@ -215,3 +215,10 @@ def test_n_of_m_names_what_it_cannot_read(name):
     with pytest.raises(ValueError, match="N:M"):
         granularities.find(name)
     assert granularities.find("2:4") == pu.NofM(2, 4)
+
+
+def test_nothing_is_selected_from_nothing():
+    assert select({}, 0).keep == {} and select({"a": torch.zeros(0, 3)}, 0).keep["a"].shape == (0, 3)
+    assert select({"a": torch.zeros(0), "b": torch.arange(3.0)}, 1).keep["b"].tolist() == [False, True, True]
+    with pytest.raises(ValueError, match="cannot prune 1 of 0 weights"):
+        select({"a": torch.zeros(0)}, 1)

@@ -139,6 +139,17 @@ def test_divergence_in_the_last_step_is_noticed():
         pu.fit(model, data, epochs=1, lr=3e38, batch_size=8)  # the only loss is from before the step
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_after_divergence_pruned_weights_are_zero_and_the_error_says_what_state_the_model_is_in(epochs):
+    model, data = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), (100 * torch.randn(8, 4), torch.arange(8) % 3)
+    masks = pu.prune(model, "random", 0.5).copy()
+    with pytest.raises(pu.DivergenceError, match="pruned weights are zero, and others may be of no use"):
+        pu.fit(model, data, epochs=epochs, lr=3e38, batch_size=4)
+    for name, weight in pu.prunable_weights(model).items():
+        assert (weight[~masks[name]] == 0).all() and not weight[~masks[name]].signbit().any()
+    assert any(finding.check == "non_finite" for finding in pu.check(model))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_modes_layout_and_rates_are_as_before_also_after_an_interruption(training, error):
@@ -156,6 +167,26 @@ def test_modes_layout_and_rates_are_as_before_also_after_an_interruption(trainin
         pu.fit(model, samples(), samples(), optimizer=optimizer, **options)
     assert [module.training for module in model.modules()] == before
     assert all(p.is_contiguous() for p in model.parameters()) and optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_model_keeps_its_layout(layout, interrupted):
+    model = nn.Sequential(nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 3)).to(
+        memory_format=layout
+    )
+    data = torch.randn(8, 16, 6, 6), torch.arange(8) % 3
+    strides = [p.stride() for p in model.parameters()]
+
+    def interrupt(model, step, steps):
+        if interrupted:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        pu.fit(model, data, epochs=1, on_step=interrupt)
+    assert [p.stride() for p in model.parameters()] == strides
+    pu.prune(model, "magnitude", 0.5)
+    assert [p.stride() for p in model.parameters()] == strides
 
 
 def test_a_model_with_nothing_to_prune_trains():
