@@ -14,10 +14,11 @@ from .._torch import generator
 from ..model_utils import Masks, attach_masks, get_masks, layer_name, prunable_weights
 from . import criteria, granularities, schedules
 from ._slicing import replay
-from .criteria import Scores, criterion, dead_weights, list_criteria, scores
+from .criteria import Scores, criterion, list_criteria, scores
 from .filters import filter_table, prune_filters
 from .granularities import Block, Granularity, NofM, Tiles, granularity
 from .importances import filter_scores, importance, list_importances
+from .reachability import dead_weights
 from .rebinding import rebind_optimizer
 from .repair import Recalibration, recalibrate, reconstruct
 from .schedules import Schedule, schedule, sparsity_at
