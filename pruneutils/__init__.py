@@ -9,6 +9,7 @@ from .controls import inverted, overlap, overlap_matrix, redraw, shuffle_masks
 from .costs import cost, cost_table
 from .model_utils import (
     Count,
+    LeftOutWarning,
     Masks,
     RevivedWeightsWarning,
     accuracy,
@@ -18,6 +19,7 @@ from .model_utils import (
     hold,
     layer_table,
     make_permanent,
+    prunable,
     prunable_weights,
     restore,
     set_masks,
@@ -50,6 +52,7 @@ from .pruning import (
     sparsity_at,
     track_importance,
 )
+from .takeover import take_over
 from .training import (
     DivergenceError,
     backward_pruned,
@@ -82,6 +85,7 @@ __all__ = [
     "Count",
     "DivergenceError",
     "LayerCollapseWarning",
+    "LeftOutWarning",
     "Masks",
     "NofM",
     "Recalibration",
@@ -123,6 +127,7 @@ __all__ = [
     "overlap",
     "overlap_matrix",
     "plots",
+    "prunable",
     "prunable_weights",
     "prune",
     "prune_filters",
@@ -141,6 +146,7 @@ __all__ = [
     "shuffle_masks",
     "sparsity_at",
     "statistics",
+    "take_over",
     "track_importance",
     "trained",
     "widgets",

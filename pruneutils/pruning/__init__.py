@@ -10,8 +10,17 @@ import torch
 from torch import nn
 
 from .. import _checks
+from .._prunable import (
+    LeftOutWarning,
+    is_transposed,
+    join_parts,
+    module_of,
+    split_parts,
+    tell_left_out,
+    weights_to_prune,
+)
 from .._torch import generator
-from ..model_utils import Masks, attach_masks, get_masks, layer_name, prunable_weights
+from ..model_utils import Masks, attach_masks, get_masks, layer_name
 from . import criteria, granularities, schedules
 from ._slicing import replay
 from .criteria import Scores, criterion, list_criteria, scores
@@ -127,7 +136,7 @@ def prune(
         >>> pu.prune(model, "magnitude", sparsity=0.9)
         Masks(3 weights, 26,620 of 266,200 kept, sparsity 0.9000)
     """
-    contest = plan(model, sparsity, scope, granularity, exclude)
+    contest = plan(model, sparsity, scope, granularity, exclude, split=True)
     step_to = _checks.choose("schedule", schedule, schedules.SCHEDULES)
     _checks.fraction("drop_probability", drop_probability)
     _checks.whole("iterations", iterations)
@@ -137,6 +146,8 @@ def prune(
         data = list(data)  # an iterator would be empty when scores are computed again
     chosen = criteria.bind(criterion, data, loss_fn, seed, options)
 
+    tell_left_out(model, exclude)
+
     weights, alive, ties = contest.weights, dict(contest.present), {}
     before = {name: w.detach().clone() for name, w in weights.items()} if restorable or iterations > 1 else None
     try:
@@ -145,7 +156,8 @@ def prune(
                 # Scored a chunk at a time while selecting, so that no second copy of the weights is made.
                 values, transform = {name: weight.detach() for name, weight in weights.items()}, torch.abs
             else:
-                values, transform = criteria.score(model, chosen, weights, train_mode, seed), None
+                values = split_parts(model, criteria.score(model, chosen, contest.whole, train_mode, seed))
+                transform = None
             for (names, target), start in zip(contest.groups, contest.starts):
                 total = sum(weights[name].numel() for name in names)
                 k = max(start, round(total * step_to(step / iterations, start / total, target / total)))
@@ -163,7 +175,8 @@ def prune(
         if iterations > 1:
             _copy(weights, before)
         raise
-    attach_masks(model, alive, before if restorable else None)
+    masks = join_parts(contest.whole, {part: alive[part] for part in weights})
+    attach_masks(model, masks, join_parts(contest.whole, before) if restorable else None)
     return get_masks(model)
 
 
@@ -213,7 +226,7 @@ def prune_threshold(
         True
     """
     unit = granularities.find(granularity)
-    weights = prunable_weights(model, exclude)
+    weights = weights_to_prune(model, exclude)
     _checks.fraction("drop_probability", drop_probability)
     if unit.fixed_sparsity() is not None:
         raise ValueError(f"{unit} knows no threshold; use prune")
@@ -222,6 +235,7 @@ def prune_threshold(
     unit.check(weights)
     _check_not_transposed(model, weights, unit)
     chosen = criteria.bind(criterion, data, loss_fn, seed, options)
+    tell_left_out(model, exclude)
     values = criteria.score(model, chosen, weights, train_mode, seed)
     present = {name: mask for name, mask in get_masks(model).items() if name in weights}
     keep = {}
@@ -242,7 +256,8 @@ def prune_threshold(
 class Plan:
     """What a call asks for, checked: who competes, what goes together, and how much is pruned already."""
 
-    weights: dict[str, nn.Parameter]  # those that take part
+    whole: dict[str, nn.Parameter]  # the weights that take part
+    weights: dict[str, torch.Tensor]  # the same, those of several layers in parts
     unit: Granularity
     groups: list[tuple[list[str], int]]  # who competes with whom, and how many weights are to be pruned in the end
     present: dict[str, torch.Tensor]  # masks that these weights have already
@@ -255,22 +270,37 @@ def plan(
     scope: str | Scope,
     granularity: str | Granularity,
     exclude: str | Iterable[str] = (),
+    split: bool = False,
 ) -> Plan:
-    """Check what is asked of `prune` and return it in full; everything wrong with it raises here."""
-    weights, unit = prunable_weights(model, exclude), granularities.find(granularity)
-    unit.check(weights)
-    _check_not_transposed(model, weights, unit)
+    """Check what is asked of `prune` and return it in full; everything wrong with it raises here.
+
+    With `split`, the parts of weights that hold several layers compete for themselves.
+    """
+    whole, unit = weights_to_prune(model, exclude), granularities.find(granularity)
     fixed = unit.fixed_sparsity()
+    if fixed:
+        whole = _without_depthwise(model, whole, unit)
+    unit.check(whole)
+    _check_not_transposed(model, whole, unit)
+    weights = split_parts(model, whole) if split else whole
     if fixed is None:
         groups = competitions(weights, sparsity, scope)
     elif sparsity in (None, fixed):
         groups = competitions(weights, fixed, "layer")
     else:
         raise ValueError(f"{unit} makes the sparsity {fixed}, not {sparsity!r}; leave it out")
-    weights = {name: weights[name] for names, _ in groups for name in names}
-    present = {name: mask for name, mask in get_masks(model).items() if name in weights}
+    competing = {name for names, _ in groups for name in names}
+    parts = {name: list(split_parts(model, {name: weight})) if split else [name] for name, weight in whole.items()}
+    whole = {name: weight for name, weight in whole.items() if competing.intersection(parts[name])}
+    weights = {part: weights[part] for name in whole for part in parts[name]}
+    masks = {name: mask for name, mask in get_masks(model).items() if name in whole}
+    present = split_parts(model, masks) if split else masks
+    # a part that does not compete beside one that does
+    present |= {
+        p: torch.ones_like(w, dtype=torch.bool) for p, w in weights.items() if p not in competing | set(present)
+    }
     starts = [_check_not_less(names, target, weights, present, unit) for names, target in groups]
-    return Plan(weights, unit, groups, present, starts)
+    return Plan(whole, weights, unit, groups, present, starts)
 
 
 def _check_not_less(names, target, weights, present, unit) -> int:
@@ -289,11 +319,32 @@ def _check_not_less(names, target, weights, present, unit) -> int:
 
 
 def _check_not_transposed(model, weights, unit) -> None:
-    """Transposed convolutions store (in, out, *kernel): only what treats both alike fits them."""
+    """Transposed weights are (in, out, *kernel): only what treats both alike fits them."""
     if unit not in (granularities.Weight(), granularities.Kernel()):
-        bad = [name for name in weights if getattr(model.get_submodule(layer_name(name)), "transposed", False)]
+        bad = [name for name in weights if is_transposed(model, name)]
         if bad:
-            raise ValueError(f"{unit} is not for transposed convolutions; exclude {', '.join(bad)}")
+            kinds = sorted({type(module_of(model, name)).__name__ for name in bad})
+            raise ValueError(
+                f"{unit} is not for transposed convolutions and other weights stored as (in, out) "
+                f"({', '.join(kinds)}); exclude {', '.join(bad)}"
+            )
+
+
+def _without_depthwise(model, weights, unit) -> dict[str, nn.Parameter]:
+    """Leave out depthwise layers, whose rows of a single input hold no group of M."""
+    depthwise = [
+        name
+        for name, weight in weights.items()
+        if weight.ndim > 1 and weight.shape[1] == 1 and getattr(module_of(model, name), "groups", 1) > 1
+    ]
+    if depthwise and len(depthwise) < len(weights):
+        warnings.warn(
+            f"{unit} leaves out {len(depthwise)} depthwise layers, which have one input in each group: "
+            f"{', '.join(map(layer_name, depthwise))}",
+            LeftOutWarning,
+            stacklevel=_checks.callers_level(),
+        )
+    return {name: weight for name, weight in weights.items() if name not in depthwise or len(depthwise) == len(weights)}
 
 
 # --- Steps -----------------------------------------------------------------------------------------------------------

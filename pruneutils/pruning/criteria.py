@@ -17,8 +17,9 @@ from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import unknown
+from .._prunable import is_transposed, module_of
 from .._torch import batches, device_of, generator, in_mode, own_random_state
-from ..model_utils import layer_name, prunable_weights
+from ..model_utils import prunable_weights
 from .linearising import Linearised
 
 Scores = dict[str, torch.Tensor]
@@ -212,8 +213,10 @@ def wanda(model, data):
     weights = prunable_weights(model)
     try:
         for name in weights:
-            module = model.get_submodule(layer_name(name))
-            channel = -1 if isinstance(module, nn.Linear) else 1
+            module = module_of(model, name)
+            if getattr(module, "weight", None) is not weights[name]:
+                continue  # of several inputs, such as those of an attention
+            channel = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
             hooks.append(module.register_forward_pre_hook(listen(name, channel)))
         with torch.no_grad():
             for inputs, _, _ in _shares(model, data):
@@ -226,9 +229,9 @@ def wanda(model, data):
 
 def _per_weight(model, name, norms):
     """Norms per input channel (I,), in a shape that broadcasts against the weight that reads them."""
-    module = model.get_submodule(layer_name(name))
+    module = module_of(model, name)
     weight, groups = module.weight, getattr(module, "groups", 1)
-    if getattr(module, "transposed", False):  # (I, O / groups, ...)
+    if is_transposed(model, name):  # (I, O / groups, ...)
         per_row = norms[:, None]
     else:  # (O, I / groups, ...): the rows of a group read its own block of channels
         per_row = norms.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)

@@ -6,6 +6,7 @@ A scope is a function `(weights, sparsity) -> [(names, n_pruned)]` of {parameter
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import torch
 
@@ -109,12 +110,23 @@ def competitions(weights: Weights, sparsity: float | Mapping[str, float] | None,
         if not sparsity:
             raise ValueError("sparsity is an empty mapping; give {layer name or glob: fraction}")
         for pattern, share in sparsity.items():
-            fraction(f"sparsity of {pattern!r}", share)
+            _share(f"sparsity of {pattern!r}", share, weights)
         found = match_layers(weights, sparsity, "sparsity")
         return [([name], round(sparsity[found[name]] * weights[name].numel())) for name in weights if name in found]
-    groups = rule(weights, fraction("sparsity", sparsity))
+    groups = rule(weights, _share("sparsity", sparsity, weights))
     _check(groups, weights, scope)
     return groups
+
+
+def _share(argument: str, value: float, weights: Weights) -> float:
+    """Return a fraction; whole numbers other than 0 are refused, since torch.nn.utils.prune counts weights by them."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1:
+        total = sum(weight.numel() for weight in weights.values())
+        raise ValueError(
+            f"{argument} must be a fraction in [0, 1], and {value!r} could mean a number of weights; 1.0 prunes all of "
+            f"them, and {value} / {total} prunes {value} of the {total} prunable weights"
+        )
+    return fraction(argument, value)
 
 
 def _check(groups: Competitions, weights: Weights, scope: str | Scope) -> None:
