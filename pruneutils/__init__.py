@@ -52,6 +52,7 @@ from .pruning import (
     sparsity_at,
     track_importance,
 )
+from .ranks import broadcast_masks, disagreeing_masks
 from .takeover import take_over
 from .training import (
     DivergenceError,
@@ -94,6 +95,7 @@ __all__ = [
     "Tiles",
     "accuracy",
     "backward_pruned",
+    "broadcast_masks",
     "cost",
     "cost_table",
     "count",
@@ -101,6 +103,7 @@ __all__ = [
     "data",
     "dead_weights",
     "dense_gradients",
+    "disagreeing_masks",
     "drop_fraction_at",
     "dynamic_sparsity",
     "erk_sparsities",
