@@ -402,17 +402,22 @@ def test_natural_zeros_are_not_pruned_weights():
     assert (permanent.pruned, permanent.unmasked_zeros) == (zeros, zeros)
 
 
-@pytest.mark.parametrize("sparsity", [1, 50, torch.tensor(1).item(), {"0": 1}])
-def test_a_whole_number_is_no_sparsity(sparsity):
+def test_what_whole_numbers_mean_is_said():
     model = nn.Sequential(nn.Linear(10, 10))
-    message = r"could mean a number of weights; 1.0 prunes all of them, and \d+ / 100 prunes \d+ of the 100"
-    with pytest.raises(ValueError, match=message):
-        pu.prune(model, "magnitude", sparsity)
-    assert not pu.get_masks(model)
+    for sparsity, argument in ((50, "sparsity"), ({"0": 50}, "sparsity of '0'")):
+        message = f"^{argument} must be a fraction in .0, 1., not 50; 50 / 100 prunes 50 of the 100 prunable weights"
+        with pytest.raises(ValueError, match=message):
+            pu.prune(model, "magnitude", sparsity)
     assert pu.prune(model, "magnitude", 0).kept == 100
-    assert pu.prune(model, "magnitude", 20 / 100).kept == 80
-    with pytest.warns(pu.LayerCollapseWarning):
-        assert pu.prune(model, "magnitude", 1.0).kept == 0
+    with pytest.raises(UserWarning, match="^sparsity is 1, which prunes all weights, as 1.0 does; 1 / 100 prunes 1 of"):
+        pu.prune(model, "magnitude", 1)  # warnings are errors here, and come before anything is changed
+    assert pu.count(model).kept == 100
+    with pytest.warns(pu.LayerCollapseWarning), pytest.warns(UserWarning, match="sparsity is 1, which") as told:
+        assert pu.prune(model, "magnitude", 1).kept == 0
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pu.LayerCollapseWarning)
+        pu.prune(model, "magnitude", 1.0)  # nothing to say about 1.0 itself
 
 
 def test_a_layer_that_is_the_model_has_a_name():

@@ -38,7 +38,7 @@ def table(monkeypatch):
 
 @pytest.mark.parametrize("amount", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None, True, 2, 20])
 def test_amounts_that_are_no_fraction_are_refused(layer, amount):
-    """torch takes a whole number as a number of weights; here that is refused with the fraction to write instead."""
+    """torch takes a whole number as a number of weights; here the error says which fraction to write instead."""
     before = copy.deepcopy(layer[0].state_dict())
     with pytest.raises(ValueError, match="^sparsity must be a fraction in "):
         pu.prune(layer[0], "random", amount)

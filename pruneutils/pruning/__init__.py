@@ -95,12 +95,13 @@ def prune(
     """Prune a model in place, to exactly `round(sparsity * total)` weights, and return its masks.
 
     Args:
-        model: Any `nn.Module` with convolution or linear layers.
+        model: Any `nn.Module` with convolution, linear or attention layers, or others that `pu.prunable` names.
         criterion: How much a weight matters: a name from `list_criteria()`, or a function `(model, data) ->
             {parameter name: scores}`. High scores stay.
-        sparsity: The fraction of the prunable weights that are pruned after the call, what was pruned before included;
-            or {layer name or glob: fraction}, where each such layer competes within itself and the others are left
-            alone. None is for granularities such as "2:4" that fix it.
+        sparsity: The fraction of the prunable weights that are pruned after the call, what was pruned before included
+            (never a number of weights: 1 is 1.0, with a warning); or {layer name or glob: fraction}, where each such
+            layer competes within itself and the others are left alone. None is for granularities such as "2:4" that fix
+            it.
         scope: Who competes with whom: "global" (all weights), "layer" (each layer within itself), "erk" (each within
             itself, larger ones lose more; Evci et al. 2020), or a function as for `pu.scope`.
         granularity: What goes together: "weight", "kernel", "filter", "2:4" or any "N:M", or an object such as
@@ -130,6 +131,8 @@ def prune(
     Warns:
         TiedScoresWarning: If scores tie at the cut, with the number of tied weights in each layer.
         LayerCollapseWarning: If a layer has no weight left.
+        LeftOutWarning: If much of the model is not prunable or a pruned weight is an embedding too, once for each
+            model; and if N:M leaves out depthwise layers.
 
     Example:
         >>> model = pu.models.create("lenet300")

@@ -5,12 +5,13 @@ A scope is a function `(weights, sparsity) -> [(names, n_pruned)]` of {parameter
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from numbers import Integral
 
 import torch
 
-from .._checks import choose, fraction
+from .._checks import callers_level, choose, fraction
 from ..model_utils import match_layers
 
 Weights = Mapping[str, torch.Tensor]
@@ -119,12 +120,14 @@ def competitions(weights: Weights, sparsity: float | Mapping[str, float] | None,
 
 
 def _share(argument: str, value: float, weights: Weights) -> float:
-    """Return a fraction; whole numbers other than 0 are refused, since torch.nn.utils.prune counts weights by them."""
+    """Return a fraction; say what whole numbers mean, by which torch.nn.utils.prune counts weights."""
     if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1:
         total = sum(weight.numel() for weight in weights.values())
-        raise ValueError(
-            f"{argument} must be a fraction in [0, 1], and {value!r} could mean a number of weights; 1.0 prunes all of "
-            f"them, and {value} / {total} prunes {value} of the {total} prunable weights"
+        count = f"{value} / {total} prunes {value} of the {total} prunable weights"
+        if value > 1:
+            raise ValueError(f"{argument} must be a fraction in [0, 1], not {value!r}; {count}")
+        warnings.warn(
+            f"{argument} is {value!r}, which prunes all weights, as 1.0 does; {count}", stacklevel=callers_level()
         )
     return fraction(argument, value)
 

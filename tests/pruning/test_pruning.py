@@ -184,7 +184,7 @@ def test_all_and_nothing():
     model = mlp(4, 4)
     assert pu.prune(model, "magnitude", 0).kept == 16
     with pytest.warns(pu.LayerCollapseWarning):
-        assert pu.prune(model, "magnitude", 1.0).kept == 0
+        assert pu.prune(model, "magnitude", 1).kept == 0
 
 
 # --- Cumulative ------------------------------------------------------------------------------------------------------
