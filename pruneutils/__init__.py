@@ -9,7 +9,6 @@ from .controls import inverted, overlap, overlap_matrix, redraw, shuffle_masks
 from .costs import cost, cost_table
 from .model_utils import (
     Count,
-    LeftOutWarning,
     Masks,
     RevivedWeightsWarning,
     accuracy,
@@ -27,6 +26,7 @@ from .model_utils import (
 from .pruning import (
     Block,
     LayerCollapseWarning,
+    LeftOutWarning,
     NofM,
     Recalibration,
     TiedScoresWarning,

@@ -1,21 +1,14 @@
 """What is prunable: a table of module types and their weights, to which one line adds a type."""
 
 import fnmatch
-import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
-from ._checks import callers_level, nearest
-
-
-class LeftOutWarning(UserWarning):
-    """A large share of the parameters is in layers that are not prunable, or is pruned under a second name."""
+from ._checks import nearest
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ def rule_of(module: nn.Module) -> Rule | None:
     return None
 
 
-def _prunable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter | None]]:
+def prunable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter | None]]:
     """Yield (name, parameter) in module order, shared ones every time; None for one that is computed."""
     for layer, module in model.named_modules():
         rule = rule_of(module)
@@ -96,8 +89,9 @@ def _prunable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter |
             if pattern in getattr(module, "parametrizations", ()) or (not names and pattern in module.__dict__):
                 yield f"{layer}.{pattern}" if layer else pattern, None  # not looked at: that may compute something
             for name in names:
-                if module._parameters[name] is not None:
-                    yield f"{layer}.{name}" if layer else name, module._parameters[name]
+                weight = module._parameters[name]
+                if weight is not None and 0 not in weight.shape:
+                    yield f"{layer}.{name}" if layer else name, weight
 
 
 def prunable_weights(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -122,7 +116,7 @@ def prunable_weights(model: nn.Module, exclude: str | Iterable[str] = ()) -> dic
         >>> {name: tuple(weight.shape) for name, weight in pu.prunable_weights(model, exclude="fc3").items()}
         {'fc1.weight': (300, 784), 'fc2.weight': (100, 300)}
     """
-    weights, computed = _find(model, exclude)
+    weights, computed = find(model, exclude)
     if not weights:
         _refuse(computed)
     return weights
@@ -130,16 +124,17 @@ def prunable_weights(model: nn.Module, exclude: str | Iterable[str] = ()) -> dic
 
 def weights_to_prune(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, nn.Parameter]:
     """Return `prunable_weights`; ValueError if one that is not excluded is computed by a parametrization."""
-    weights, computed = _find(model, exclude)
+    weights, computed = find(model, exclude)
     if computed:
         _refuse(computed)
     return weights
 
 
-def _find(model, exclude) -> tuple[dict[str, nn.Parameter], list[str]]:
+def find(model, exclude) -> tuple[dict[str, nn.Parameter], list[str]]:
     """Return the prunable weights, and the names of those that are computed."""
+    patterns = _patterns(model, exclude)
     weights, names_of = {}, defaultdict(list)
-    for name, weight in _prunable_parameters(model):
+    for name, weight in prunable_parameters(model):
         names = names_of[name if weight is None else id(weight)]
         if not names:
             weights[name] = weight
@@ -150,17 +145,31 @@ def _find(model, exclude) -> tuple[dict[str, nn.Parameter], list[str]]:
             "types prunable"
         )
     excluded = {}
-    if exclude:
+    if patterns:
         for name, parameter in model.named_parameters(remove_duplicate=False):  # in layers of other types too
             if id(parameter) in names_of:
                 names_of[id(parameter)].append(name)
         other_names = {names[0]: names[1:] for names in names_of.values()}
-        excluded = match_layers(weights, [exclude] if isinstance(exclude, str) else exclude, "exclude", other_names)
+        excluded = match_layers(weights, patterns, "exclude", other_names)
     weights = {name: weight for name, weight in weights.items() if name not in excluded}
     if not weights:
         raise ValueError(f"exclude={exclude!r} leaves nothing to prune")
     computed = [name for name, weight in weights.items() if weight is None]
     return {name: weight for name, weight in weights.items() if weight is not None}, computed
+
+
+def _patterns(model, exclude) -> list[str]:
+    """Return the names and globs of `exclude`; TypeError for anything else, with the names of modules given."""
+    given = [exclude] if isinstance(exclude, (str, nn.Module)) else exclude
+    if not isinstance(given, Iterable):
+        raise TypeError(f"exclude must be names or globs of layers, such as ['fc1', 'layer1.*'], not {exclude!r:.80}")
+    given = list(given)
+    for each in given:
+        if not isinstance(each, str):
+            name = next((name for name, module in model.named_modules() if module is each), "")
+            kind = f"a {type(each).__name__}; say {name!r}" if name else f"{each!r:.80}"
+            raise TypeError(f"exclude takes the names or globs of layers, not {kind}")
+    return given
 
 
 def _refuse(computed):
@@ -174,13 +183,13 @@ def _refuse(computed):
 
 def prunable_names(model: nn.Module) -> set[str]:
     """Return every name of every prunable weight, computed ones included."""
-    return {name for name, _ in _prunable_parameters(model)}
+    return {name for name, _ in prunable_parameters(model)}
 
 
 def present_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what `prunable_weights` does, leaving out computed weights; empty if there is nothing to prune."""
     weights, seen = {}, set()
-    for name, weight in _prunable_parameters(model):
+    for name, weight in prunable_parameters(model):
         if weight is not None and id(weight) not in seen:
             seen.add(id(weight))
             weights[name] = weight
@@ -215,10 +224,14 @@ def match_layers(
     """Return {parameter name: the first of `patterns` that fits it}; each must fit a layer's or a parameter's name."""
     names, found = list(names), {}
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument}: layers are told by name or glob, such as 'fc1', not {pattern!r:.80}")
         fits = [n for n in names if any(_fits(each, pattern) for each in (n, *(other_names or {}).get(n, ())))]
         if not fits:
             layers = [layer_name(name) for name in names]
-            raise ValueError(f"{argument}: no prunable layer fits {pattern!r}; {nearest(pattern, layers)}")
+            inside = any(name.startswith(f"{pattern}.") for name in layers)
+            hint = f"did you mean '{pattern}.*', the layers inside of it?" if inside else nearest(pattern, layers)
+            raise ValueError(f"{argument}: no prunable layer fits {pattern!r}; {hint}")
         for name in fits:
             found.setdefault(name, pattern)
     return found
@@ -254,47 +267,3 @@ def join_parts(names: Iterable[str], parts: Mapping[str, torch.Tensor]) -> dict[
 def _labels(model, name) -> Sequence[str]:
     parts, attribute = rule_of(module_of(model, name)).parts, name.rpartition(".")[2]
     return next((labels for pattern, labels in parts.items() if fnmatch.fnmatchcase(attribute, pattern)), ())
-
-
-# --- What is left out ------------------------------------------------------------------------------------------------
-
-_told = weakref.WeakSet()  # models
-_WORTH_TELLING = 0.01  # of all parameters
-
-
-def tell_left_out(model: nn.Module, exclude: str | Iterable[str] = ()) -> None:
-    """Warn, once for each model, of matrices that are not prunable and of weights that are embeddings too.
-
-    Biases, norms and scales are vectors, and no news.
-    """
-    if model in _told:
-        return
-    prunable_ids = {id(weight) for _, weight in _prunable_parameters(model) if weight is not None}
-    chosen = {id(weight): name for name, weight in _find(model, exclude)[0].items()}
-    left, examples, tied, seen = defaultdict(int), {}, {}, set()
-    for layer, module in model.named_modules():
-        if isinstance(module, ParametrizationList) or rule_of(module):
-            continue
-        for name, parameter in module._parameters.items():
-            whole_name, kind = f"{layer}.{name}" if layer else name, type(module).__name__
-            if parameter is not None and id(parameter) in chosen:
-                tied[chosen[id(parameter)]] = f"{whole_name} of {kind}"
-            elif parameter is not None and parameter.ndim >= 2 and id(parameter) not in prunable_ids | seen:
-                seen.add(id(parameter))
-                left[kind] += parameter.numel()
-                examples.setdefault(kind, whole_name)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    told = []
-    if sum(left.values()) >= _WORTH_TELLING * total:
-        kinds = ", ".join(f"{kind} {n:,} (such as {examples[kind]})" for kind, n in left.items())
-        told.append(
-            f"{sum(left.values()) / total:.0%} of the parameters are weights that are not prunable: {kinds}. "
-            "pu.prunable(type, 'weight') makes a type prunable"
-        )
-    told += [
-        f"{name} is {other} too, which is pruned with it; exclude={layer_name(name)!r} leaves both alone"
-        for name, other in tied.items()
-    ]
-    if told:
-        warnings.warn("; ".join(told), LeftOutWarning, stacklevel=callers_level())
-    _told.add(model)

@@ -17,12 +17,11 @@ from . import _masks
 from ._checks import callers_level, nearest
 from ._masks import Mask
 from ._masks import attach as attach_masks
-from ._prunable import LeftOutWarning, layer_name, match_layers, present_weights, prunable, prunable_weights
+from ._prunable import layer_name, match_layers, present_weights, prunable, prunable_weights
 from ._torch import autocast, batches, device_of, in_mode, resolve_precision
 
 __all__ = [
     "Count",
-    "LeftOutWarning",
     "Masks",
     "RevivedWeightsWarning",
     "accuracy",

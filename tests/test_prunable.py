@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 import pruneutils as pu
-from pruneutils import _prunable, _torchvision
+from pruneutils import _left_out, _prunable, _torchvision
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +141,23 @@ def test_biases_embeddings_and_recurrent_weights_on_request(criterion):
     assert torch.equal(again(data[0]), model(data[0]))
 
 
+def test_wrong_names_of_layers_are_told():
+    model = nn.ModuleDict({"layer1": nn.Sequential(nn.Linear(2, 2)), "fc": nn.Linear(2, 2), "none": nn.Linear(2, 2)})
+    model["none"].weight = nn.Parameter(torch.empty(2, 0))
+    assert list(pu.prunable_weights(model)) == ["layer1.0.weight", "fc.weight"]  # one of size zero has no weights
+    with pytest.raises(
+        ValueError, match=r"no prunable layer fits 'layer1'; did you mean 'layer1.\*', the layers inside"
+    ):
+        pu.prunable_weights(model, "layer1")
+    for exclude, message in (
+        (model["fc"], "exclude takes the names or globs of layers, not a Linear; say 'fc'"),
+        ([3], "exclude takes the names or globs of layers, not 3"),
+        (3, "exclude must be names or globs of layers"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            pu.prunable_weights(model, exclude)
+
+
 # --- Weights of several layers ---------------------------------------------------------------------------------------
 
 
@@ -253,7 +270,7 @@ def test_what_is_left_out_is_told_once():
 def test_ordinary_networks_are_no_news(name):
     with torch.device("meta" if "vit" in name else "cpu"):
         model = pu.models.create(name)
-    _prunable.tell_left_out(model)
+    _left_out.tell_left_out(model)
 
 
 def test_a_tied_embedding_is_not_pruned_silently():

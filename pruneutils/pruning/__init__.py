@@ -10,15 +10,8 @@ import torch
 from torch import nn
 
 from .. import _checks
-from .._prunable import (
-    LeftOutWarning,
-    is_transposed,
-    join_parts,
-    module_of,
-    split_parts,
-    tell_left_out,
-    weights_to_prune,
-)
+from .._left_out import LeftOutWarning, tell_left_out
+from .._prunable import is_transposed, join_parts, module_of, split_parts, weights_to_prune
 from .._torch import generator
 from ..model_utils import Masks, attach_masks, get_masks, layer_name
 from . import criteria, granularities, schedules
@@ -37,6 +30,7 @@ from .tracking import track_importance
 __all__ = [
     "Block",
     "LayerCollapseWarning",
+    "LeftOutWarning",
     "NofM",
     "Recalibration",
     "Tiles",
