@@ -20,6 +20,7 @@ from .model_utils import (
     hold,
     layer_table,
     make_permanent,
+    prunable,
     prunable_weights,
     restore,
     set_masks,
@@ -27,6 +28,7 @@ from .model_utils import (
 from .pruning import (
     Block,
     LayerCollapseWarning,
+    LeftOutWarning,
     NofM,
     Recalibration,
     TiedScoresWarning,
@@ -52,6 +54,8 @@ from .pruning import (
     sparsity_at,
     track_importance,
 )
+from .ranks import broadcast_masks, disagreeing_masks
+from .takeover import take_over
 from .training import (
     DivergenceError,
     backward_pruned,
@@ -108,6 +112,7 @@ __all__ = [
     "Count",
     "DivergenceError",
     "LayerCollapseWarning",
+    "LeftOutWarning",
     "Masks",
     "NofM",
     "Recalibration",
@@ -116,6 +121,7 @@ __all__ = [
     "Tiles",
     "accuracy",
     "backward_pruned",
+    "broadcast_masks",
     "check",
     "cost",
     "cost_table",
@@ -124,6 +130,7 @@ __all__ = [
     "data",
     "dead_weights",
     "dense_gradients",
+    "disagreeing_masks",
     "drop_fraction_at",
     "dynamic_sparsity",
     "erk_sparsities",
@@ -150,6 +157,7 @@ __all__ = [
     "overlap",
     "overlap_matrix",
     "plots",
+    "prunable",
     "prunable_weights",
     "prune",
     "prune_filters",
@@ -168,6 +176,7 @@ __all__ = [
     "shuffle_masks",
     "sparsity_at",
     "statistics",
+    "take_over",
     "track_importance",
     "trained",
     "widgets",

@@ -136,7 +136,7 @@ def _refuse_revived(model, masks) -> None:
         revived = int(weights[name].detach().masked_fill(mask, 0).count_nonzero())
         if revived:
             raise ValueError(
-                f"{layer_name(name) or name}: {revived:,} pruned weights are not zero, since something other than an "
+                f"{layer_name(name)}: {revived:,} pruned weights are not zero, since something other than an "
                 "optimizer has written to them. pu.hold(model) zeroes them again, pu.make_permanent(model) keeps them"
             )
 

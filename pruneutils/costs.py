@@ -165,15 +165,16 @@ def _count_macs(model, inputs) -> tuple[pd.DataFrame, Products]:
     if inputs.ndim == 0 or len(inputs) == 0:
         raise ValueError("inputs is empty: one input is needed to see the shapes")
     weights = prunable_weights(model)
-    products = Products(model, weights)
+    products = Products(model, {name: weight for name, weight in weights.items() if weight.ndim > 1})  # no biases
     torch.clear_autocast_cache()  # under autocast, copies of the weights from before would not be known
     with torch.no_grad(), in_mode(model, training=False), countable(), products:
         model(inputs[:1].to(device_of(model)))
     table = layer_table(model)
     names = table["layer"].map({layer_name(name): name for name in weights})
-    added = names.map(products.bias_of)
-    table["macs"] = names.map(products.dense_of) + added
-    table["sparse_macs"] = names.map(products.sparse_of) + added
+    added, dense, sparse = (
+        names.map(counts).fillna(0).astype(int) for counts in (products.bias_of, products.dense_of, products.sparse_of)
+    )
+    table["macs"], table["sparse_macs"] = dense + added, sparse + added
     return table, products
 
 

@@ -18,7 +18,7 @@ from ._checks import a_model, callers_level, masks_by_name, nearest
 from ._evaluation import Judge, Metric, Output
 from ._masks import Mask
 from ._masks import attach as attach_masks
-from ._prunable import layer_name, match_layers, present_weights, prunable_weights
+from ._prunable import layer_name, match_layers, present_weights, prunable, prunable_weights
 from ._torch import resolve_precision
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "make_permanent",
     "masked",
     "match_layers",
+    "prunable",
     "prunable_weights",
     "replace_mask",
     "restore",
@@ -80,10 +81,11 @@ class Masks(dict[str, torch.Tensor]):
 
 @dataclass(frozen=True)
 class Count:
-    """How many prunable weights a model has, and how many of them are kept and pruned."""
+    """How many prunable weights a model has, and how many of them are kept and pruned; see `count`."""
 
     total: int
     kept: int
+    unmasked_zeros: int = 0  # weights that are exactly zero, though no mask prunes them
 
     @property
     def pruned(self) -> int:
@@ -96,7 +98,9 @@ class Count:
         return self.pruned / self.total
 
     def __repr__(self) -> str:
-        return f"Count({self.kept:,} of {self.total:,} kept, {self.pruned:,} pruned, sparsity {self.sparsity:.4f})"
+        zeros = f", {self.unmasked_zeros:,} zeros without a mask" if self.unmasked_zeros else ""
+        kept = f"{self.kept:,} of {self.total:,} kept"
+        return f"Count({kept}, {self.pruned:,} pruned, sparsity {self.sparsity:.4f}{zeros})"
 
 
 # --- Masks on a model ------------------------------------------------------------------------------------------------
@@ -343,22 +347,25 @@ def _n_revived(weight: torch.Tensor, keep: torch.Tensor) -> int:
     return int((weight.detach() != 0).logical_and_(~keep).count_nonzero())
 
 
-def _kept(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
-    """Return {parameter name: (weight, number kept)}; warn of pruned weights that are not zero, and count them as kept.
+def _kept(model: nn.Module) -> dict[str, tuple[nn.Parameter, int, int]]:
+    """Return {parameter name: (weight, number kept, zeros that no mask prunes)}; warn of pruned weights that live.
 
-    Where there is no mask, the weights that are not exactly zero count as kept.
+    These count as kept. In a model without any mask, zeros count as pruned.
     """
     masks, layers, alive = masked(model), {}, {}
     for name, weight in prunable_weights(model).items():
-        mask = masks.get(name)
-        kept = int((weight.detach() if mask is None else mask.keep).count_nonzero())
-        if mask is not None and (n := _n_revived(weight, mask.keep)):
-            alive[name] = n
-        layers[name] = weight, kept + alive.get(name, 0)
+        mask, kept = masks.get(name), weight.numel()
+        if mask is not None:
+            kept = int(mask.keep.count_nonzero())
+            if n := _n_revived(weight, mask.keep):
+                alive[name] = n
+                kept += n
+        nonzero = kept if weight.is_meta else int(weight.detach().count_nonzero())
+        layers[name] = weight, kept if masks else nonzero, kept - nonzero
     if alive:
         warnings.warn(
             f"{sum(alive.values()):,} pruned weights are not zero "
-            f"({', '.join(f'{layer_name(name) or name}: {n:,}' for name, n in alive.items())}), and are counted as "
+            f"({', '.join(f'{layer_name(name)}: {n:,}' for name, n in alive.items())}), and are counted as "
             "kept; something other than a torch optimizer has written to them. pu.hold(model) zeroes them again",
             RevivedWeightsWarning,
             stacklevel=callers_level(),
@@ -369,14 +376,15 @@ def _kept(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
 def count(model: nn.Module) -> Count:
     """Count the prunable weights of a model, and how many of them are kept and pruned.
 
-    A weight with a mask is pruned if the mask says so and the weight is zero; a weight without a mask, if it is exactly
-    zero.
+    A weight is pruned if a mask says so and the weight is zero. In a model without any mask, all weights that are
+    exactly zero count as pruned: its zeros may come from `make_permanent` or another tool.
 
     Args:
         model: Any `nn.Module` with convolution or linear layers.
 
     Returns:
-        `.total`, `.kept` and `.pruned` as Python ints, exact for any size, and `.sparsity`, a fraction in [0, 1].
+        `.total`, `.kept` and `.pruned` as Python ints, exact for any size, `.sparsity`, a fraction in [0, 1], and
+        `.unmasked_zeros`, the number of weights that are exactly zero though no mask prunes them.
 
     Raises:
         ValueError: If the model has nothing to prune, or a masked parameter was replaced by one of another shape.
@@ -391,7 +399,7 @@ def count(model: nn.Module) -> Count:
         Count(26,620 of 266,200 kept, 239,580 pruned, sparsity 0.9000)
     """
     layers = _kept(model).values()
-    return Count(sum(weight.numel() for weight, _ in layers), sum(kept for _, kept in layers))
+    return Count(sum(w.numel() for w, _, _ in layers), sum(kept for _, kept, _ in layers), sum(n for *_, n in layers))
 
 
 def layer_table(model: nn.Module) -> pd.DataFrame:
@@ -421,7 +429,7 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
     """
     rows = [
         (layer_name(name), tuple(weight.shape), weight.numel(), kept, 1 - kept / weight.numel())
-        for name, (weight, kept) in _kept(model).items()
+        for name, (weight, kept, _) in _kept(model).items()
     ]
     return pd.DataFrame(rows, columns=["layer", "shape", "total", "kept", "sparsity"])
 

@@ -72,7 +72,7 @@ def test_public_functions_are_annotated(name):
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     registries = [pu.pruning.criteria._CRITERIA, pu.pruning.scopes.SCOPES, pu.pruning.schedules.SCHEDULES]
-    registries += [pu.pruning.granularities.GRANULARITIES]
+    registries += [pu.pruning.granularities.GRANULARITIES, pu._prunable.RULES]
     before = [dict(registry) for registry in registries]
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     finder = doctest.DocTestFinder(recurse=False)

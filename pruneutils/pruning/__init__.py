@@ -9,14 +9,17 @@ import torch
 from torch import nn
 
 from .. import _checks
+from .._left_out import LeftOutWarning, tell_left_out
+from .._prunable import is_transposed, join_parts, module_of, split_parts, weights_to_prune
 from .._torch import generator
-from ..model_utils import Masks, attach_masks, get_masks, layer_name, prunable_weights
+from ..model_utils import Masks, attach_masks, get_masks, layer_name
 from . import criteria, granularities, schedules
 from ._slicing import replay
-from .criteria import Scores, criterion, dead_weights, list_criteria, scores
+from .criteria import Scores, criterion, list_criteria, scores
 from .filters import filter_table, prune_filters
 from .granularities import Block, Granularity, NofM, Tiles, granularity
 from .importances import filter_scores, importance, list_importances
+from .reachability import dead_weights
 from .rebinding import rebind_optimizer
 from .repair import Recalibration, recalibrate, reconstruct
 from .schedules import Schedule, schedule, sparsity_at
@@ -26,6 +29,7 @@ from .tracking import track_importance
 __all__ = [
     "Block",
     "LayerCollapseWarning",
+    "LeftOutWarning",
     "NofM",
     "Recalibration",
     "Tiles",
@@ -84,12 +88,13 @@ def prune(
     """Prune a model in place, to exactly `round(sparsity * total)` weights, and return its masks.
 
     Args:
-        model: Any `nn.Module` with convolution or linear layers.
+        model: Any `nn.Module` with convolution, linear or attention layers, or others that `pu.prunable` names.
         criterion: How much a weight matters: a name from `list_criteria()`, or a function `(model, data) ->
             {parameter name: scores}`. High scores stay.
-        sparsity: The fraction of the prunable weights that are pruned after the call, what was pruned before included;
-            or {layer name or glob: fraction}, where each such layer competes within itself and the others are left
-            alone. None is for granularities such as "2:4" that fix it.
+        sparsity: The fraction of the prunable weights that are pruned after the call, what was pruned before included
+            (never a number of weights: 1 is 1.0, with a warning); or {layer name or glob: fraction}, where each such
+            layer competes within itself and the others are left alone. None is for granularities such as "2:4" that fix
+            it.
         scope: Who competes with whom: "global" (all weights), "layer" (each layer within itself), "erk" (each within
             itself, larger ones lose more; Evci et al. 2020), or a function as for `pu.scope`.
         granularity: What goes together: "weight", "kernel", "filter", "2:4" or any "N:M", or an object such as
@@ -119,6 +124,8 @@ def prune(
     Warns:
         TiedScoresWarning: If scores tie at the cut, with the number of tied weights in each layer.
         LayerCollapseWarning: If a layer has no weight left.
+        LeftOutWarning: If much of the model is not prunable or a pruned weight is an embedding too, once for each
+            model; and if N:M leaves out depthwise layers.
 
     Example:
         >>> model = pu.models.create("lenet300")
@@ -129,12 +136,14 @@ def prune(
     if isinstance(data, Iterator):
         data = list(data)  # an iterator would be empty when scores are computed again
     chosen = criteria.bind(criterion, data, loss_fn, seed, options)
-    contest = plan(model, sparsity, scope, granularity, exclude)
+    contest = plan(model, sparsity, scope, granularity, exclude, split=True)
     step_to = _checks.choose("schedule", schedule, schedules.SCHEDULES)
     _checks.fraction("drop_probability", drop_probability)
     _checks.whole("iterations", iterations)
     if iterations > 1 and (drop_probability < 1 or contest.unit.fixed_sparsity() is not None):
         raise ValueError(f"iterations={iterations} goes neither with drop_probability below 1 nor with N:M: use 1")
+
+    tell_left_out(model, exclude)
 
     weights, alive, ties = contest.weights, dict(contest.present), {}
     before = {name: w.detach().clone() for name, w in weights.items()} if restorable or iterations > 1 else None
@@ -144,7 +153,8 @@ def prune(
                 # Scored a chunk at a time while selecting, so that no second copy of the weights is made.
                 values, transform = {name: weight.detach() for name, weight in weights.items()}, torch.abs
             else:
-                values, transform = criteria.score(model, chosen, weights, train_mode, seed), None
+                values = split_parts(model, criteria.score(model, chosen, contest.whole, train_mode, seed))
+                transform = None
             for (names, target), start in zip(contest.groups, contest.starts):
                 total = sum(weights[name].numel() for name in names)
                 k = max(start, round(total * step_to(step / iterations, start / total, target / total)))
@@ -162,7 +172,8 @@ def prune(
         if iterations > 1:
             _copy(weights, before)
         raise
-    attach_masks(model, alive, before if restorable else None)
+    masks = join_parts(contest.whole, {part: alive[part] for part in weights})
+    attach_masks(model, masks, join_parts(contest.whole, before) if restorable else None)
     return get_masks(model)
 
 
@@ -212,7 +223,7 @@ def prune_threshold(
         True
     """
     unit = granularities.find(granularity)
-    weights = prunable_weights(model, exclude)
+    weights = weights_to_prune(model, exclude)
     threshold = _checks.number("threshold", threshold, finite=False)
     _checks.fraction("drop_probability", drop_probability)
     if unit.fixed_sparsity() is not None:
@@ -220,6 +231,7 @@ def prune_threshold(
     unit.check(weights)
     _check_not_transposed(model, weights, unit)
     chosen = criteria.bind(criterion, data, loss_fn, seed, options)
+    tell_left_out(model, exclude)
     values = criteria.score(model, chosen, weights, train_mode, seed)
     present = {name: mask for name, mask in get_masks(model).items() if name in weights}
     keep = {}
@@ -240,7 +252,8 @@ def prune_threshold(
 class Plan:
     """What a call asks for, checked: who competes, what goes together, and how much is pruned already."""
 
-    weights: dict[str, nn.Parameter]  # those that take part
+    whole: dict[str, nn.Parameter]  # the weights that take part
+    weights: dict[str, torch.Tensor]  # the same, those of several layers in parts
     unit: Granularity
     groups: list[tuple[list[str], int]]  # who competes with whom, and how many weights are to be pruned in the end
     present: dict[str, torch.Tensor]  # masks that these weights have already
@@ -253,22 +266,37 @@ def plan(
     scope: str | Scope,
     granularity: str | Granularity,
     exclude: str | Iterable[str] = (),
+    split: bool = False,
 ) -> Plan:
-    """Check what is asked of `prune` and return it in full; everything wrong with it raises here."""
-    weights, unit = prunable_weights(model, exclude), granularities.find(granularity)
-    unit.check(weights)
-    _check_not_transposed(model, weights, unit)
+    """Check what is asked of `prune` and return it in full; everything wrong with it raises here.
+
+    With `split`, the parts of weights that hold several layers compete for themselves.
+    """
+    whole, unit = weights_to_prune(model, exclude), granularities.find(granularity)
     fixed = unit.fixed_sparsity()
+    if fixed:
+        whole = _without_depthwise(model, whole, unit)
+    unit.check(whole)
+    _check_not_transposed(model, whole, unit)
+    weights = split_parts(model, whole) if split else whole
     if fixed is None:
         groups = competitions(weights, sparsity, scope)
     elif sparsity in (None, fixed):
         groups = competitions(weights, fixed, "layer")
     else:
         raise ValueError(f"{unit} makes the sparsity {fixed}, not {sparsity!r}; leave it out")
-    weights = {name: weights[name] for names, _ in groups for name in names}
-    present = {name: mask for name, mask in get_masks(model).items() if name in weights}
+    competing = {name for names, _ in groups for name in names}
+    parts = {name: list(split_parts(model, {name: weight})) if split else [name] for name, weight in whole.items()}
+    whole = {name: weight for name, weight in whole.items() if competing.intersection(parts[name])}
+    weights = {part: weights[part] for name in whole for part in parts[name]}
+    masks = {name: mask for name, mask in get_masks(model).items() if name in whole}
+    present = split_parts(model, masks) if split else masks
+    # a part that does not compete beside one that does
+    present |= {
+        p: torch.ones_like(w, dtype=torch.bool) for p, w in weights.items() if p not in competing | set(present)
+    }
     starts = [_check_not_less(names, target, weights, present, unit) for names, target in groups]
-    return Plan(weights, unit, groups, present, starts)
+    return Plan(whole, weights, unit, groups, present, starts)
 
 
 def _check_not_less(names, target, weights, present, unit) -> int:
@@ -287,11 +315,32 @@ def _check_not_less(names, target, weights, present, unit) -> int:
 
 
 def _check_not_transposed(model, weights, unit) -> None:
-    """Transposed convolutions store (in, out, *kernel): only what treats both alike fits them."""
+    """Transposed weights are (in, out, *kernel): only what treats both alike fits them."""
     if unit not in (granularities.Weight(), granularities.Kernel()):
-        bad = [name for name in weights if getattr(model.get_submodule(layer_name(name)), "transposed", False)]
+        bad = [name for name in weights if is_transposed(model, name)]
         if bad:
-            raise ValueError(f"{unit} is not for transposed convolutions; exclude {', '.join(bad)}")
+            kinds = sorted({type(module_of(model, name)).__name__ for name in bad})
+            raise ValueError(
+                f"{unit} is not for transposed convolutions and other weights stored as (in, out) "
+                f"({', '.join(kinds)}); exclude {', '.join(bad)}"
+            )
+
+
+def _without_depthwise(model, weights, unit) -> dict[str, nn.Parameter]:
+    """Leave out depthwise layers, whose rows of a single input hold no group of M."""
+    depthwise = [
+        name
+        for name, weight in weights.items()
+        if weight.ndim > 1 and weight.shape[1] == 1 and getattr(module_of(model, name), "groups", 1) > 1
+    ]
+    if depthwise and len(depthwise) < len(weights):
+        warnings.warn(
+            f"{unit} leaves out {len(depthwise)} depthwise layers, which have one input in each group: "
+            f"{', '.join(map(layer_name, depthwise))}",
+            LeftOutWarning,
+            stacklevel=_checks.callers_level(),
+        )
+    return {name: weight for name, weight in weights.items() if name not in depthwise or len(depthwise) == len(weights)}
 
 
 # --- Steps -----------------------------------------------------------------------------------------------------------

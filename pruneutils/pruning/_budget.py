@@ -63,7 +63,7 @@ def _mac_terms(model, cutting, inputs) -> list[Term]:
         name = f"{layer}.out_proj.weight" if torch_own else f"{layer}.qkv.weight"
         tokens = products.dense_of[name] // weights[name].numel()
         terms.append(Term(2 * tokens * tokens * width, ((layer, "heads"),)))
-        if torch_own:  # whose projection of queries, keys and values is no prunable weight
+        if torch_own and f"{layer}.in_proj_weight" not in weights:  # the user has said that it is not prunable
             terms.append(Term(tokens * module.in_proj_weight.numel(), ((layer, "heads"),)))
     return [*terms, Term(rest - sum(term.amount for term in terms), ())]
 

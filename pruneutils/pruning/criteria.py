@@ -18,8 +18,10 @@ from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import a_function, a_seed, inputs_told, unknown
+from .._prunable import is_transposed, module_of
 from .._torch import batches, device_of, generator, in_mode, own_random_state
-from ..model_utils import layer_name, prunable_weights
+from ..model_utils import prunable_weights
+from .linearising import Linearised
 
 Scores = dict[str, torch.Tensor]
 _CRITERIA: dict[str, Callable[..., Scores]] = {}
@@ -170,47 +172,29 @@ def synflow(model, data):
 
     Data-free: `data` (a batch, or just its inputs) only tells the input's shape. All in float64, since R grows with
     depth beyond float32 (about 1e70 for ResNet-56), and in eval mode, since batch statistics of one image are void.
+    Activations that saturate, such as ReLU6, are made linear: the theory is about those that let all flow through.
     """
     return {name: weight * g for name, (weight, g) in _flow_gradients(model, data).items()}
-
-
-def dead_weights(model: nn.Module, data: object) -> dict[str, torch.Tensor]:
-    """Find the weights that cannot have any effect on the output.
-
-    No path of nonzero weights leads from the input through them to the output: taps of a kernel that only ever meet
-    padding, layers in front of a batch norm whose scale is zero, channels that are cut off further on. The structure
-    decides, by the flow R of `synflow`, and not the values of the data.
-
-    Args:
-        model: Any `nn.Module` with convolution or linear layers. Activations that saturate, such as ReLU6, stop the
-            flow of ones, so weights in front of them may be called dead that are not.
-        data: A batch, or its inputs (N, ...); only the shape matters.
-
-    Returns:
-        {parameter name: bool tensor of the weight's shape}, True = dead.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
-        >>> with torch.no_grad():
-        ...     model[2].weight[0, 1] = 0  # nothing leaves the second hidden unit
-        >>> pu.dead_weights(model, torch.zeros(1, 2))["0.weight"].tolist()
-        [[False, False], [True, True]]
-    """
-    with _untouched(model, train_mode=False, seed=0):
-        return {name: g == 0 for name, (_, g) in _flow_gradients(model, data).items()}
 
 
 def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """{parameter name: (|w|, dR/d|w|)}, R as in `synflow`."""
     inputs = data if torch.is_tensor(data) else next(iter(batches(data)))[0]
+    if not inputs.is_floating_point() and any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules()):
+        raise ValueError(
+            f"synflow sends ones through the network, and {inputs.dtype} inputs are looked up in an embedding: give it "
+            "a module that starts behind the embedding, and a batch of what that takes"
+        )
     ones = torch.ones_like(inputs[:1], dtype=torch.float64, device=device_of(model))
-    tensors = {
-        name: tensor.detach().abs().double() if tensor.is_floating_point() else tensor
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    absolute = {
+        id(tensor): tensor.detach().abs().double() if tensor.is_floating_point() else tensor for _, tensor in named
     }
+    tensors = {name: absolute[id(tensor)] for name, tensor in named}  # tied ones are one tensor here too
     weights = {name: tensors[name].requires_grad_() for name in prunable_weights(model)}
     model.eval()
-    flow = torch.func.functional_call(model, tensors, (ones,)).sum()
+    with Linearised():
+        flow = torch.func.functional_call(model, tensors, (ones,)).sum()
     gradients = grad(flow, weights.values(), materialize_grads=True)
     return {name: (w.detach(), g) for (name, w), g in zip(weights.items(), gradients)}
 
@@ -230,8 +214,10 @@ def wanda(model, data):
     weights = prunable_weights(model)
     try:
         for name in weights:
-            module = model.get_submodule(layer_name(name))
-            channel = -1 if isinstance(module, nn.Linear) else 1
+            module = module_of(model, name)
+            if getattr(module, "weight", None) is not weights[name]:
+                continue  # of several inputs, such as those of an attention
+            channel = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
             hooks.append(module.register_forward_pre_hook(listen(name, channel)))
         with torch.no_grad():
             for inputs, _, _ in _shares(model, data):
@@ -244,9 +230,9 @@ def wanda(model, data):
 
 def _per_weight(model, name, norms):
     """Norms per input channel (I,), in a shape that broadcasts against the weight that reads them."""
-    module = model.get_submodule(layer_name(name))
+    module = module_of(model, name)
     weight, groups = module.weight, getattr(module, "groups", 1)
-    if getattr(module, "transposed", False):  # (I, O / groups, ...)
+    if is_transposed(model, name):  # (I, O / groups, ...)
         per_row = norms[:, None]
     else:  # (O, I / groups, ...): the rows of a group read its own block of channels
         per_row = norms.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)

@@ -217,7 +217,8 @@ class NofM:
         return (1,) * len(shape)
 
     def check(self, weights: Tensors) -> None:
-        odd = [f"{name} ({w.shape[1]} inputs)" for name, w in weights.items() if w.shape[1] % self.m]
+        inputs = {name: weight.shape[1] if weight.ndim > 1 else 1 for name, weight in weights.items()}
+        odd = [f"{name} ({n} inputs)" for name, n in inputs.items() if n % self.m]
         if odd:
             raise ValueError(f"{self} needs inputs in multiples of {self.m}; exclude {', '.join(odd)}")
 

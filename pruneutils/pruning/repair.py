@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .._checks import a_model, is_pair
+from .._prunable import module_of
 from .._torch import device_of, in_mode
 from ..model_utils import accuracy, get_masks, layer_name, prunable_weights
 from ._leastsquares import add, fit
@@ -200,8 +201,9 @@ def reconstruct(
     if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be a number of at least 0, not {damping!r}")
     weights, masks = prunable_weights(model, exclude), get_masks(model)
-    layers = {model.get_submodule(layer_name(name)): name for name in weights}
-    rows = {name: _rows(model, dense, name) for name in weights}
+    layers = {module_of(model, name): name for name in weights}
+    layers = {m: name for m, name in layers.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    rows = {name: _rows(model, dense, name) for name in layers.values()}
     inputs = inputs_of(data, model)
     with in_mode(model, training=False):
         calls = Counter(module for module, _ in stops(model, layers, inputs[0][:1]))
@@ -209,7 +211,7 @@ def reconstruct(
     table = []
     try:
         once = [module for module in layers if calls.get(module) == 1]
-        twins = [dense.get_submodule(layer_name(layers[module])) for module in once]
+        twins = [module_of(dense, layers[module]) for module in once]
         with (
             in_mode(model, training=False),
             in_mode(dense, training=False),
@@ -237,10 +239,10 @@ def _rows(model: nn.Module, dense: nn.Module, name: str) -> torch.Tensor:
     """Which outputs of the dense layer are those of this one, filters that were removed in either left out."""
     layer = layer_name(name)
     try:
-        twin = dense.get_submodule(layer)
+        twin = module_of(dense, name)
     except AttributeError:
         twin = None
-    module = model.get_submodule(layer)
+    module = module_of(model, name)
     if twin is module:
         raise ValueError("dense is the model itself; give a copy from before the pruning")
     if type(twin) is not type(module):

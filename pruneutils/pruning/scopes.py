@@ -5,11 +5,13 @@ A scope is a function `(weights, sparsity) -> [(names, n_pruned)]` of {parameter
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import torch
 
-from .._checks import choose, fraction
+from .._checks import callers_level, choose, fraction
 from ..model_utils import match_layers
 
 Weights = Mapping[str, torch.Tensor]
@@ -116,14 +118,27 @@ def competitions(weights: Weights, sparsity: float | Mapping[str, float] | None,
         if not sparsity:
             raise ValueError("sparsity is an empty mapping; give {layer name or glob: fraction}")
         for pattern, share in sparsity.items():
-            fraction(f"sparsity of {pattern!r}", share)
+            _share(f"sparsity of {pattern!r}", share, weights)
         found = match_layers(weights, sparsity, "sparsity")
         return [([name], round(sparsity[found[name]] * weights[name].numel())) for name in weights if name in found]
     if sparsity is None:
         raise ValueError("sparsity must be a fraction in [0, 1], such as sparsity=0.9, not None")
-    groups = rule(weights, fraction("sparsity", sparsity))
+    groups = rule(weights, _share("sparsity", sparsity, weights))
     _check(groups, weights, scope)
     return groups
+
+
+def _share(argument: str, value: float, weights: Weights) -> float:
+    """Return a fraction; say what whole numbers mean, by which torch.nn.utils.prune counts weights."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1:
+        total = sum(weight.numel() for weight in weights.values())
+        count = f"{value} / {total} prunes {value} of the {total} prunable weights"
+        if value > 1:
+            raise ValueError(f"{argument} must be a fraction in [0, 1], not {value!r}; {count}")
+        warnings.warn(
+            f"{argument} is {value!r}, which prunes all weights, as 1.0 does; {count}", stacklevel=callers_level()
+        )
+    return fraction(argument, value)
 
 
 def _check(groups: Competitions, weights: Weights, scope: str | Scope) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
+from .._prunable import module_of
 from ..model_utils import check_masks, layer_name, prunable_weights
 
 
@@ -96,4 +97,7 @@ def _checked(model, masks) -> dict[int, torch.Tensor]:
     for name in masks:
         if id(weights[name]) in uncalled:
             raise ValueError(f"nn.MultiheadAttention never calls {layer_name(name)}: leave {name} out of the masks")
+    for name in masks:
+        if not isinstance(module_of(model, name), (nn.modules.conv._ConvNd, nn.Linear)):
+            raise ValueError(f"{name} is not of a convolution or linear layer: leave it out of the masks")
     return {id(weights[name]): mask for name, mask in masks.items()}

@@ -1,0 +1,57 @@
+"""The network that SynFlow's theory is about: activations that saturate let the flow through."""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from .._checks import callers_level
+
+_LINES = {  # linear at zero, and flat from somewhere on
+    F.relu6, F.hardtanh, F.hardtanh_, F.tanh, torch.tanh, torch.tanh_, torch.Tensor.tanh, torch.Tensor.tanh_,
+    F.softsign, torch.clamp, torch.clamp_, torch.clip, torch.Tensor.clamp, torch.Tensor.clamp_, torch.Tensor.clip,
+}  # fmt: skip
+_GATES = {  # between 0 and 1
+    F.sigmoid, torch.sigmoid, torch.sigmoid_, torch.Tensor.sigmoid, torch.Tensor.sigmoid_, F.hardsigmoid,
+}  # fmt: skip
+_NO_FLOW = {  # multiples of what enters give the same
+    F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax,
+    F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, F.multi_head_attention_forward,
+    F.scaled_dot_product_attention,
+}  # fmt: skip
+
+
+class Linearised(TorchFunctionMode):
+    """Inside, flow passes through activations that saturate, as through a ReLU.
+
+    The theory asks for f(x) = f'(x) x. ReLU6, hardtanh, tanh, softsign and clamp become the identity. Sigmoids, which
+    mostly gate, keep their values, so that flow is not multiplied with itself, and get the slope f(x) / x. After the
+    block, a warning names the functions through which no flow can pass.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _LINES:
+            return args[0] if args else kwargs["input"]
+        values = (args[0] if args else kwargs.get("input")).clone() if func in _GATES else None
+        result = func(*args, **kwargs)
+        if func in _GATES:
+            slope = torch.where(values > 0, result / values, 1).detach()
+            return result.detach() + slope * (values - values.detach())
+        if func in _NO_FLOW:
+            self._seen.add(func.__name__)
+        return result
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        if self._seen and exception[0] is None:
+            warnings.warn(
+                f"synflow: the network calls {', '.join(sorted(self._seen))}, which give the same for any multiple of "
+                "what enters. The flow of ones stops there, so that scores of weights in front of them mean little",
+                stacklevel=callers_level(),
+            )
