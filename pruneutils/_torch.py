@@ -43,6 +43,14 @@ def batches(data: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield tuple(batch)
 
 
+def lazy_clone(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy whose memory is taken only when it, or the original, is written to."""
+    try:
+        return torch._lazy_clone(tensor)
+    except (AttributeError, RuntimeError):  # another torch, or memory that is not torch's own
+        return tensor.clone()
+
+
 def seed_device(device: torch.device, seed: int) -> None:
     """Seed the CPU and `device`; torch.manual_seed would reseed all other GPUs too, which nobody puts back."""
     torch.default_generator.manual_seed(seed)

@@ -18,7 +18,7 @@ from ._checks import callers_level, nearest
 from ._masks import Mask
 from ._masks import attach as attach_masks
 from ._prunable import layer_name, match_layers, present_weights, prunable_weights
-from ._torch import autocast, batches, device_of, in_mode, resolve_precision
+from ._torch import autocast, batches, device_of, in_mode, lazy_clone, resolve_precision
 
 __all__ = [
     "Count",
@@ -129,7 +129,7 @@ def get_masks(model: nn.Module) -> Masks:
         >>> pu.get_masks(model)["weight"]
         tensor([[ True, False,  True]])
     """
-    return Masks({name: mask.keep.clone() for name, mask in masked(model).items()})
+    return Masks({name: lazy_clone(mask.keep) for name, mask in masked(model).items()})
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:

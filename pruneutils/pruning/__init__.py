@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import _checks
 from .._torch import generator
-from ..model_utils import Masks, attach_masks, get_masks, layer_name, prunable_weights
+from ..model_utils import Masks, attach_masks, get_masks, layer_name, masked, prunable_weights
 from . import criteria, granularities, schedules
 from ._slicing import replay
 from .criteria import Scores, criterion, dead_weights, list_criteria, scores
@@ -267,7 +267,7 @@ def plan(
     else:
         raise ValueError(f"{unit} makes the sparsity {fixed}, not {sparsity!r}; leave it out")
     weights = {name: weights[name] for names, _ in groups for name in names}
-    present = {name: mask for name, mask in get_masks(model).items() if name in weights}
+    present = {name: mask.keep for name, mask in masked(model).items() if name in weights}
     starts = [_check_not_less(names, target, weights, present, unit) for names, target in groups]
     return Plan(weights, unit, groups, present, starts)
 
