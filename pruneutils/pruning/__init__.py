@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import _checks
-from .._torch import generator
+from .._torch import generator, zero_pruned
 from ..model_utils import Masks, attach_masks, get_masks, layer_name, masked, prunable_weights
 from . import criteria, granularities, schedules
 from ._slicing import replay
@@ -311,9 +311,8 @@ def _spare(keep, present, unit, probability, seed) -> dict[str, torch.Tensor]:
 
 
 def _zero(weights, masks) -> None:
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.masked_fill_(~masks[name], 0)
+    for name, weight in weights.items():
+        zero_pruned(weight, masks[name])
 
 
 def _copy(weights, values) -> None:

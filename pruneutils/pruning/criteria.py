@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +18,7 @@ from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import unknown
-from .._torch import batches, device_of, generator, in_mode, own_random_state
+from .._torch import all_finite, batches, device_of, generator, in_mode, own_random_state
 from ..model_utils import layer_name, prunable_weights
 
 Scores = dict[str, torch.Tensor]
@@ -170,7 +171,7 @@ def synflow(model, data):
     Data-free: `data` (a batch, or just its inputs) only tells the input's shape. All in float64, since R grows with
     depth beyond float32 (about 1e70 for ResNet-56), and in eval mode, since batch statistics of one image are void.
     """
-    return {name: weight * g for name, (weight, g) in _flow_gradients(model, data).items()}
+    return {name: weight.mul_(g) for name, (weight, g) in _flow_gradients(model, data).items()}
 
 
 def dead_weights(model: nn.Module, data: object) -> dict[str, torch.Tensor]:
@@ -204,7 +205,7 @@ def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
     inputs = data if torch.is_tensor(data) else next(iter(batches(data)))[0]
     ones = torch.ones_like(inputs[:1], dtype=torch.float64, device=device_of(model))
     tensors = {
-        name: tensor.detach().abs().double() if tensor.is_floating_point() else tensor
+        name: _magnitude_in_float64(tensor.detach()) if tensor.is_floating_point() else tensor
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
     weights = {name: tensors[name].requires_grad_() for name in prunable_weights(model)}
@@ -212,6 +213,13 @@ def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
     flow = torch.func.functional_call(model, tensors, (ones,)).sum()
     gradients = grad(flow, weights.values(), materialize_grads=True)
     return {name: (w.detach(), g) for (name, w), g in zip(weights.items(), gradients)}
+
+
+def _magnitude_in_float64(tensor):
+    """|tensor| as new float64 numbers; on a CPU in one pass, and into numpy's memory, whose pages come in one piece."""
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.abs(tensor.numpy(), dtype=np.float64))
+    return tensor.double().abs_()
 
 
 @criterion
@@ -397,6 +405,7 @@ def _checked(result: Scores, weights: dict[str, nn.Parameter], name: str) -> Sco
         score = result[key]
         if score.shape != weight.shape:
             raise ValueError(f"criterion {name!r}: {key} has shape {tuple(weight.shape)}, scores {tuple(score.shape)}")
-        if bad := score.numel() - int(torch.isfinite(score).count_nonzero()):
+        if not all_finite(score):
+            bad = score.numel() - int(torch.isfinite(score).count_nonzero())
             raise ValueError(f"criterion {name!r}: {bad} of {score.numel()} scores of {key} are NaN or infinite")
     return {key: result[key].detach() for key in weights}
