@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._checks import unknown
 from .._torch import all_finite, batches, device_of, generator, in_mode, own_random_state
 from ..model_utils import layer_name, prunable_weights
+from ._batchnorm import FixedBatchNorm
 
 Scores = dict[str, torch.Tensor]
 _CRITERIA: dict[str, Callable[..., Scores]] = {}
@@ -150,7 +151,7 @@ def hessian_gradient(model, weights, parts, loss_fn) -> list[torch.Tensor]:
         loss = share * loss_fn(model(inputs), targets)
         return grad(loss, weights, create_graph=create_graph, materialize_grads=True)
 
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+    with sdpa_kernel(SDPBackend.MATH), FixedBatchNorm(weights):  # the fused attention kernels have no second derivative
         first = [gradients(*part, create_graph=len(parts) == 1) for part in parts]
         g = [sum(layer).detach() for layer in zip(*first)]
         hg = [torch.zeros_like(layer) for layer in g]
