@@ -136,5 +136,3 @@ def synflow_vgg16():
 @row(f"SynFlow, {ITERATIONS} iterations, ResNet-20, 90 %", *_SYNFLOW, rounds=5)
 def synflow_resnet20():
     return _synflow_arms("resnet20")
-
-

@@ -15,7 +15,7 @@ HEAD = ("work", "ours", "against", "ratio (quartiles)", "peak memory, MB", "targ
 def machine() -> dict[str, object]:
     """What the figures depend on."""
     facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _said("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
         "processor": _processor(),
         "cores": os.cpu_count(),

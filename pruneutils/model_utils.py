@@ -8,8 +8,8 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -19,6 +19,9 @@ from ._masks import Mask
 from ._masks import attach as attach_masks
 from ._prunable import layer_name, match_layers, present_weights, prunable_weights
 from ._torch import autocast, batches, device_of, in_mode, lazy_clone, resolve_precision
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Count",
@@ -378,7 +381,7 @@ def count(model: nn.Module) -> Count:
     return Count(sum(weight.numel() for weight, _ in layers), sum(kept for _, kept in layers))
 
 
-def layer_table(model: nn.Module) -> pd.DataFrame:
+def layer_table(model: nn.Module) -> "pd.DataFrame":
     """Count the weights of each prunable layer.
 
     Args:
@@ -407,6 +410,8 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
         (layer_name(name), tuple(weight.shape), weight.numel(), kept, 1 - kept / weight.numel())
         for name, (weight, kept) in _kept(model).items()
     ]
+    import pandas as pd
+
     return pd.DataFrame(rows, columns=["layer", "shape", "total", "kept", "sparsity"])
 
 

@@ -15,7 +15,6 @@ DENSE = globals().get("DENSE", WeakTensorKeyDictionary())  # parameters whose gr
 CHANGES = globals().get("CHANGES", [0])  # how often a mask has come, gone or changed
 
 
-
 class Mask:
     """What is kept of one parameter."""
 

@@ -155,7 +155,9 @@ def _split(scores, low, high, alive, transform, dtype):
         step = -(-len(stretches) // (4 * n_threads))
         groups = [stretches[i : i + step] for i in range(0, len(stretches), step)]
         with ThreadPoolExecutor(n_threads) as pool:
-            parts = [part for group in pool.map(lambda group: _split_stretches(group, *bounds), groups) for part in group]
+            parts = [
+                part for group in pool.map(lambda group: _split_stretches(group, *bounds), groups) for part in group
+            ]
     else:
         parts = _split_stretches(stretches, *bounds)
     values = torch.cat([values.to(device) for values, _, _ in parts])
