@@ -9,7 +9,7 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from . import harness, inference, methods, selection, table, tools, training  # noqa: E402, F401  (they register rows)
+from . import harness, inference, methods, selection, side_by_side, table, tools, training  # noqa: E402, F401  (they register rows)
 
 
 def main() -> int:

@@ -68,14 +68,14 @@ class Row:
     work: str
     lines: tuple[Line, ...]
     arms: Callable[[], dict[str, Arm]]
-    rounds: int = 9
+    rounds: int = 7
     calls: int = 1  # of what is timed, in one measurement
     threads: int | None = None  # None: OMP_NUM_THREADS, 1 by default
     clock: str = "cpu"  # CPU time of the process, which others on the machine disturb less; or "wall"
     fresh: int = 0  # processes for each arm alone
     memory: float | None = None  # MB by which the first arm's peak may grow
     gpu: bool = False
-    seconds: float = 40  # no further round is begun after that long
+    seconds: float = 20  # no further round is begun after that long
     why: str = ""  # why a target is missed, where it is
 
 
@@ -115,7 +115,7 @@ def measure(chosen: Row) -> dict:
             synchronize()
             times[name].append((clock() - start) / chosen.calls)
             del run
-        if time.perf_counter() - started > chosen.seconds and turn >= 2:
+        if time.perf_counter() - started > chosen.seconds and turn >= 1:
             break
     return {"times": times, "missing": missing, "check": check() if check else None}
 
@@ -171,14 +171,14 @@ def _memory(field) -> float:
 
 def run_row(chosen: Row) -> list[dict]:
     """Measure a row in processes of its own; return its lines of the table."""
-    found = _in_process(chosen, [], 3 * chosen.seconds + 120)
+    found = _in_process(chosen, [], 5 * chosen.seconds + 300)
     if "error" in found:
         return [{"key": chosen.key, "work": chosen.work, "ours": chosen.lines[0].ours, "error": found["error"]}]
     alone: dict[str, list[dict]] = {}
     names = [name for name in found["times"]]
     for turn in range(chosen.fresh):
         for name in names if turn % 2 == 0 else names[::-1]:
-            result = _in_process(chosen, ["--alone", name], 180)
+            result = _in_process(chosen, ["--alone", name], 300)
             if "seconds" in result:
                 alone.setdefault(name, []).append(result)
     lines = []

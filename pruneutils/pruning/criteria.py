@@ -217,9 +217,14 @@ def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def _magnitude_in_float64(tensor):
-    """|tensor| as new float64 numbers; on a CPU in one pass, and into numpy's memory, whose pages come in one piece."""
+    """|tensor| as new float64 numbers, on a CPU in one pass.
+
+    The memory is torch's own, 64 bytes aligned: numpy's is not, and how sums are rounded depends on it.
+    """
     if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(np.abs(tensor.numpy(), dtype=np.float64))
+        magnitude = torch.empty(tensor.shape, dtype=torch.float64)
+        np.abs(tensor.numpy(), out=magnitude.numpy())
+        return magnitude
     return tensor.double().abs_()
 
 

@@ -111,7 +111,7 @@ def gradual_filters(
     bind(importance, data, fit_options.get("loss_fn"), seed, data[0][0], options)
     trial = copy.deepcopy(model)  # what cannot be done shows before the training
     prune_filters(trial, "mag_based", last, None, 1, of, data, exclude, min_density=min_density)
-    tables: list[pd.DataFrame] = []
+    tables: list = []
 
     def stage(name, number, n_epochs, how):
         for group, rate in zip(stepping.param_groups, rates):
