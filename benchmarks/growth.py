@@ -21,10 +21,10 @@ from . import table, tools
 from .selection import linear_layers, pruned_by_torch
 
 CURVES = {
-    "selection": "weights, 90 % pruned",
-    "sweep": "runs of a sweep with a store",
-    "layers": "layers of 1,024 weights each",
-    "explorer": "layers of 4,096 weights each in the explorer",
+    "selection": "weights",
+    "sweep": "runs of a sweep",
+    "layers": "layers (1,024 weights each)",
+    "explorer": "layers in the explorer",
 }
 SIZES = {
     "selection": (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000),
@@ -99,18 +99,22 @@ def measure(sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, list[tuple
 
 
 def draw(figures: dict, style: str) -> plt.Figure:
-    """One panel a curve, both axes logarithmic; the gray line grows in proportion."""
-    with look.style(style):
-        figure, axes = plt.subplots(1, len(figures), figsize=(3.3 * len(figures), 3.4), layout="constrained")
+    """One panel a curve, both axes logarithmic; the dotted line grows in proportion."""
+    chosen = look.find_style(style)
+    colors = dict(zip(("pruneutils", "torch.nn.utils.prune", "one read"), chosen.methods))
+    with plt.rc_context(chosen.rc()):
+        figure, axes = plt.subplots(1, len(figures), figsize=(3.2 * len(figures), 3.4), layout="constrained")
+        lines = {}
         for ax, (curve, arms) in zip(axes, figures.items()):
             for arm, points in arms.items():
-                ax.loglog(*zip(*points), marker="o", markersize=4, label=arm)
+                (lines[arm],) = ax.loglog(*zip(*points), marker="o", markersize=4, color=colors[arm])
             size, value = arms["pruneutils"][-1]
             first = arms["pruneutils"][0][0]
-            ax.loglog([first, size], [value * first / size, value], color="gray", linewidth=1, linestyle=":", zorder=0)
-            ax.set_xlabel(CURVES[curve])
-            ax.legend(fontsize=8, frameon=False)
+            proportional = [first, size], [value * first / size, value]
+            (lines["in proportion"],) = ax.loglog(*proportional, color=chosen.muted, linestyle=":", zorder=0)
+            ax.set_xlabel(CURVES[curve], fontsize=9)
         axes[0].set_ylabel("seconds of CPU time")
+        figure.legend(lines.values(), lines, loc="outside upper left", ncols=len(lines), frameon=False)
     return figure
 
 

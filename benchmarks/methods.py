@@ -125,14 +125,15 @@ def _create(network, exact):
     return model.double() if exact else model
 
 
+_WHY = "it computes in float64, which moves twice the memory of the float32 passes beside it"
 _SYNFLOW = (at_most(4, "pu.prune", "single-image passes"), at_least(None, "pu.prune", "prune_loop (authors)"))
 
 
-@row(f"SynFlow, {ITERATIONS} iterations, VGG-16, 90 %", *_SYNFLOW, rounds=3, seconds=60)
+@row(f"SynFlow, {ITERATIONS} iterations, VGG-16, 90 %", *_SYNFLOW, rounds=3, seconds=60, why=_WHY)
 def synflow_vgg16():
     return _synflow_arms("vgg16")
 
 
-@row(f"SynFlow, {ITERATIONS} iterations, ResNet-20, 90 %", *_SYNFLOW, rounds=5)
+@row(f"SynFlow, {ITERATIONS} iterations, ResNet-20, 90 %", *_SYNFLOW, rounds=5, why=_WHY)
 def synflow_resnet20():
     return _synflow_arms("resnet20")

@@ -217,15 +217,16 @@ def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def _magnitude_in_float64(tensor):
-    """|tensor| as new float64 numbers, on a CPU in one pass.
+    """|tensor| as new float64 numbers; on a CPU in one pass, and into numpy's memory, whose pages are large.
 
-    The memory is torch's own, 64 bytes aligned: numpy's is not, and how sums are rounded depends on it.
+    It begins at a multiple of 64 bytes, as torch's does: how matrix products are rounded can depend on that.
     """
-    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
-        magnitude = torch.empty(tensor.shape, dtype=torch.float64)
-        np.abs(tensor.numpy(), out=magnitude.numpy())
-        return magnitude
-    return tensor.double().abs_()
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
+        return tensor.double().abs_()
+    memory = np.empty(tensor.numel() + 7)
+    start = -memory.ctypes.data % 64 // 8
+    magnitude = memory[start : start + tensor.numel()].reshape(tensor.shape)
+    return torch.from_numpy(np.abs(tensor.numpy(), out=magnitude))
 
 
 @criterion

@@ -479,6 +479,18 @@ def test_synflow_and_its_iterations_are_those_of_the_definition(seed, widths, no
     assert all(torch.equal(masks[name], after[name]) for name in masks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 3, 3)])
+def test_magnitudes_are_copies_that_begin_as_torchs_memory_does(shape, dtype):
+    tensor = -torch.rand(shape).to(dtype)
+    tensors = [tensor, tensor.to(memory_format=torch.channels_last)] if len(shape) == 4 else [tensor]
+    for each in tensors:
+        magnitude = criteria._magnitude_in_float64(each)
+        assert torch.equal(magnitude, each.double().abs()) and magnitude.data_ptr() % 64 == 0
+        magnitude.zero_()
+        assert (each < 0).any()
+
+
 def test_synflow_is_finite_where_float32_is_not():
     model = pu.models.create("resnet110").eval()
     found = pu.scores(model, "synflow", torch.zeros(1, 3, 32, 32))
