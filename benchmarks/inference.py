@@ -48,7 +48,12 @@ def _halved_by_torch_pruning(dense, inputs):
 
     model = copy.deepcopy(dense)
     pruner = torch_pruning.pruner.MagnitudePruner(
-        model, inputs, torch_pruning.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model.fc]
+        model,
+        inputs,
+        torch_pruning.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        ignored_layers=[model.fc],
+        global_pruning=True,
     )
     pruner.step()
     return model.eval()
