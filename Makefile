@@ -1,4 +1,4 @@
-# make run · make test · make lab      (PYTHON=/path/to/python3.12 make run takes that Python for a new .venv)
+# make run · make test · make lab · make bench      (PYTHON=/path/to/python3.12 make run takes that Python for a new .venv)
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
@@ -8,7 +8,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that wait busily can slow two processes down a hundredfold: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lab study notebooks clean
+.PHONY: run test lab bench study notebooks clean
 
 # Prunes small networks gradually, in about a minute: table here, picture and notebook in build/.
 run: .venv/installed
@@ -28,6 +28,15 @@ lab: .venv/installed
 	@test "$$(id -u)" != 0 || echo "You are root, which JupyterLab refuses by default; it is started with --allow-root."
 	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
 		$$(test "$$(id -u)" != 0 || echo --allow-root) $(LAB)
+
+# Side by side with the peers: prints a table and writes it to benchmarks/. Some rows only: make bench ROWS="prune grasp*"
+# GROWTH=1 measures how cost grows instead, and draws growth.png. A peer that cannot be installed is left out.
+bench: .venv/installed build/peers
+	@$(BIN)/python -m benchmarks $(if $(GROWTH),--growth,$(ROWS))
+
+build/peers:
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ fasterai fastcore einops
+	@mkdir -p $@
 
 # A notebook's sweep in a larger size, from a shell: make study NAME=gradual_vs_instant SIZE=medium BUDGET=3600
 # Finished runs are kept in results/; call it again until it says that none is missing.

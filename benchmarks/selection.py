@@ -1,25 +1,19 @@
-"""Prune 25.6 million weights to 90 %: pu.prune and select() against torch.nn.utils.prune.global_unstructured.
+"""Rows about selection: `pu.prune` by magnitude and `select` alone, on a CPU and on a GPU."""
 
-Every measurement runs in a process of its own, so that its peak of memory is its own; the methods take turns. Seconds
-are CPU and wall time of the pruning alone: of a process's first call, which has to ask for fresh memory, and the median
-of its next three. Memory is what the peak grew by over the model before pruning; beside it stands what every method has
-to hold, the masks.
-"""
+import copy
 
-import argparse
-import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
 
-METHODS = ("pu.prune", "select", "torch prune")
+import pruneutils as pu
+from pruneutils.pruning.selection import select
+
+from .harness import at_least, at_most, row
 
 
-def resnet50_layers():
-    """The convolution and linear shapes of ResNet-50: (inputs, outputs, kernel), kernel 0 for linear."""
+def resnet50(device: str = "cpu") -> nn.Sequential:
+    """The convolutions and the linear layer of ResNet-50, 25.5 million weights, without what lies between them."""
     layers, channels = [(3, 64, 7)], 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
@@ -27,87 +21,181 @@ def resnet50_layers():
             if block == 0:
                 layers.append((channels, 4 * width, 1))
             channels = 4 * width
-    return [*layers, (channels, 1000, 0)]
+    modules = [nn.Conv2d(i, o, kernel, bias=False, device=device) for i, o, kernel in layers]
+    return nn.Sequential(*modules, nn.Linear(channels, 1000, bias=False, device=device))
 
 
-def measure(method, sparsity):
-    """Prune four times in this process; CPU and wall seconds of the first and the others, MB by which the peak grew."""
-    import torch
-    from pruneutils.selection import select
-    from torch import nn
-    from torch.nn.utils import prune as torch_prune
-
-    import pruneutils as pu
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-    def build(layers):
-        torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Conv2d(i, o, k, bias=False) if k else nn.Linear(i, o) for i, o, k in layers))
-        for layer in model:
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out")  # as torchvision does it: no layer empties at 90 %
-        return model
-
-    def run(model):
-        weights = {name: weight.detach() for name, weight in pu.prunable_weights(model).items()}
-        if method == "pu.prune":
-            return pu.prune(model, "magnitude", sparsity=sparsity).sparsity
-        if method == "select":
-            total = sum(weight.numel() for weight in weights.values())
-            return len(select(weights, round(sparsity * total), transform=torch.abs).keep)
-        layers = [(layer, "weight") for layer in model]
-        return torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=sparsity)
-
-    run(build([(8, 8, 3), (8, 8, 0)]))  # imports and first calls are not what is measured
-    model = build(resnet50_layers())
-    # ru_maxrss remembers building the model; a peak below that would go unseen, so ask what is resident now
-    before = _resident()
-    seconds = []
-    for turn in range(4):
-        start = time.process_time(), time.perf_counter()
-        run(model)
-        seconds.append((time.process_time() - start[0], time.perf_counter() - start[1]))
-        if turn == 0:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        model = build(resnet50_layers())
-    (cpu, wall), (next_cpu, next_wall) = seconds[0], map(statistics.median, zip(*seconds[1:]))
-    return {"cpu": cpu, "wall": wall, "next_cpu": next_cpu, "next_wall": next_wall, "memory": peak - before}
+def linear_layers(n_weights: int, width: int = 1024) -> nn.Sequential:
+    """Linear layers of width x width (at most) with about so many weights, uniform in [-1, 1)."""
+    width = min(width, int(n_weights**0.5))
+    model = nn.Sequential(
+        *(nn.Linear(width, width, bias=False, device="meta") for _ in range(round(n_weights / width**2)))
+    ).to_empty(device="cpu")
+    for weight in model.parameters():
+        nn.init.uniform_(weight, -1, 1)
+    return model
 
 
-def _resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+def pruned_by_torch(model: nn.Module, sparsity: float = 0.9) -> None:
+    """Global magnitude pruning as torch documents it."""
+    parameters = [(module, "weight") for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    torch_prune.global_unstructured(parameters, torch_prune.L1Unstructured, amount=sparsity)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--method", choices=METHODS, help="measure this one once, here, and print JSON")
-    arguments = parser.parse_args()
-    if arguments.method:
-        print(json.dumps(measure(arguments.method, arguments.sparsity)))
-        return
-    weights = sum(i * o * max(k, 1) ** 2 for i, o, k in resnet50_layers())
-    print(f"{weights:,} weights, sparsity {arguments.sparsity}, medians of {arguments.repeats} processes in turn;")
-    print(f"the masks take {weights / 2**20:.0f} MB as bool, {4 * weights / 2**20:.0f} MB as float32")
-    columns = ("cpu", "wall", "next_cpu", "next_wall")
-    print(f"{'':22}{'first call':^32}{'next calls':^32}")
-    print(f"{'method':<14}{'threads':>8}" + f"{'CPU s':>8}{'x':>7}{'wall s':>10}{'x':>7}" * 2 + f"{'extra MB':>10}")
-    for threads in arguments.threads:
-        runs = {method: [] for method in METHODS}
-        for _ in range(arguments.repeats):
-            for method in METHODS:
-                command = [sys.executable, __file__, "--method", method, "--sparsity", str(arguments.sparsity)]
-                environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-                done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-                runs[method].append(json.loads(done.stdout))
-        median = {m: {key: statistics.median(r[key] for r in rs) for key in rs[0]} for m, rs in runs.items()}
-        for method, row in median.items():
-            cells = [f"{row[key]:8.3f}{median['torch prune'][key] / row[key]:8.1f}" for key in columns]
-            print(f"{method:<14}{threads:>8}" + "".join(cells) + f"{row['memory']:>10.0f}")
+def pruned_by_fasterai(model: nn.Module, sparsity: float = 0.9) -> None:
+    """Global magnitude pruning as fasterai documents it; it prunes one kind of layer, here the convolutions."""
+    from fasterai.core.criteria import large_final
+    from fasterai.sparse.sparsifier import Sparsifier
+
+    Sparsifier(model, "weight", "global", large_final, layer_type=nn.Conv2d).sparsify_model(sparsity)
 
 
-if __name__ == "__main__":
-    main()
+def has_fasterai() -> bool:
+    try:
+        from fasterai.sparse.sparsifier import Sparsifier  # noqa: F401
+    except Exception:  # what fasterai itself needs may be missing, or of another version
+        return False
+    return True
+
+
+def masks_of_cat_and_kthvalue(scores: list[torch.Tensor], sparsity: float) -> list[torch.Tensor]:
+    """The rule of Synaptic-Flow (Tanaka et al. 2020): a copy of all scores, the k-th lowest, a comparison."""
+    every = torch.cat([torch.flatten(score) for score in scores])
+    k = int(sparsity * every.numel())
+    threshold, _ = torch.kthvalue(every, k)
+    zero, one = torch.tensor([0.0]), torch.tensor([1.0])
+    return [torch.where(score <= threshold, zero, one) for score in scores]
+
+
+def _pruning(prune):
+    base = resnet50()
+
+    def prepare():
+        model = copy.deepcopy(base)
+        return lambda: prune(model)
+
+    return prepare
+
+
+def _prune_arms():
+    return {
+        "pu.prune": _pruning(lambda model: pu.prune(model, sparsity=0.9)),
+        "torch.nn.utils.prune": _pruning(pruned_by_torch),
+        "fasterai": _pruning(pruned_by_fasterai) if has_fasterai() else None,
+    }
+
+
+@row(
+    "Prune 25.5 M weights to 90 %",
+    at_least(70, "pu.prune", "torch.nn.utils.prune", first=60),
+    at_least(None, "pu.prune", "fasterai"),
+    rounds=5,
+    fresh=3,
+    memory=40,
+    why="most of the time is one read and one write of the weights and the masks, which grow no faster",
+)
+def prune():
+    return _prune_arms()
+
+
+@row(
+    "Prune 25.5 M weights to 90 %",
+    at_least(80, "pu.prune", "torch.nn.utils.prune"),
+    rounds=5,
+    threads=2,
+    clock="wall",
+    why="two cores share one memory, and other processes share the cores",
+)
+def prune_2_threads():
+    return {name: arm for name, arm in _prune_arms().items() if name != "fasterai"}
+
+
+@row(
+    "Select among 25.5 M scores, 90 %",
+    at_least(None, "select", "torch.nn.utils.prune"),
+    at_least(None, "select", "cat + kthvalue (Synaptic-Flow)"),
+    at_most(None, "select", "one read of the scores"),
+    rounds=5,
+    fresh=1,
+)
+def selection():
+    scores = {name: weight.detach().abs() for name, weight in resnet50().named_parameters()}
+    k = round(0.9 * sum(score.numel() for score in scores.values()))
+    return {
+        "select": lambda: lambda: select(scores, k),
+        "cat + kthvalue (Synaptic-Flow)": lambda: lambda: masks_of_cat_and_kthvalue(list(scores.values()), 0.9),
+        "one read of the scores": lambda: lambda: [score.sum() for score in scores.values()],
+        "torch.nn.utils.prune": _pruning(pruned_by_torch),
+    }
+
+
+@row(
+    "Prune 302 M weights to 90 % (1,208 MB)",
+    at_most(None, "pu.prune", "one read of the weights"),
+    rounds=3,
+    fresh=1,
+    memory=0.3 * 1208,
+)
+def prune_302m():
+    base = linear_layers(302_000_000)
+
+    def ours():
+        pu.make_permanent(base)  # what is zero stays zero; the weights that are left are pruned anew
+        for weight in base.parameters():
+            nn.init.uniform_(weight, -1, 1)
+        return lambda: pu.prune(base, sparsity=0.9)
+
+    return {"pu.prune": ours, "one read of the weights": lambda: lambda: [w.sum() for w in base.parameters()]}
+
+
+@row(
+    "GPU: select among 25.5 M scores, 90 %",
+    at_least(None, "select", "torch.nn.utils.prune"),
+    at_most(None, "select", "one read of the scores"),
+    gpu=True,
+    clock="wall",
+)
+def selection_on_gpu():
+    model = resnet50("cuda")
+    scores = {name: weight.detach().abs() for name, weight in model.named_parameters()}
+    k = round(0.9 * sum(score.numel() for score in scores.values()))
+
+    def theirs():
+        again = copy.deepcopy(model)
+        return lambda: pruned_by_torch(again)
+
+    def check():
+        on_gpu = select(scores, k).keep
+        on_cpu = select({name: score.cpu() for name, score in scores.items()}, k).keep
+        same = all(torch.equal(on_gpu[name].cpu(), on_cpu[name]) for name in scores)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        select(scores, k)
+        end.record()
+        torch.cuda.synchronize()
+        # what has to move: each score is read and each mask is written once
+        moved = sum(score.numel() * (score.element_size() + 1) for score in scores.values())
+        rate = moved / (start.elapsed_time(end) / 1e3)
+        return f"masks of GPU and CPU {'equal' if same else 'DIFFER'}; {rate / _peak_rate():.0%} of memory bandwidth"
+
+    return {
+        "select": lambda: lambda: select(scores, k),
+        "one read of the scores": lambda: lambda: [score.sum() for score in scores.values()],
+        "torch.nn.utils.prune": theirs,
+        "check": check,
+    }
+
+
+def _peak_rate() -> float:
+    """Bytes a second that the GPU copies, read and written, measured on 1 GiB."""
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 2 * source.numel() * source.element_size() / min(times)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
 from ._checks import masks_by_name, one_of
 from .model_utils import Masks, attach_masks, get_masks, layer_name
 from .pruning import criteria
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -141,7 +144,7 @@ class Overlap:
 
     iou: float
     expected: float
-    layers: pd.DataFrame
+    layers: "pd.DataFrame"
 
     def __repr__(self):
         return f"Overlap(iou {self.iou:.4f}, {self.expected:.4f} expected of random masks, {len(self.layers)} layers)"
@@ -174,6 +177,8 @@ def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
         b = masks_b[name].to(a.device, torch.bool)
         counts = [int(mask.count_nonzero()) for mask in (a, b, a & b)]
         rows.append((layer_name(name), a.numel(), *counts))
+    import pandas as pd
+
     layers = pd.DataFrame(rows, columns=["layer", "total", "kept_a", "kept_b", "both"])
     chance = layers.kept_a * layers.kept_b / layers.total
     either = layers.kept_a + layers.kept_b
@@ -182,7 +187,7 @@ def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
     return Overlap(_ratio(layers.both, either), _ratio(chance, either), layers)
 
 
-def overlap_matrix(masks: Mapping[str, Tensors], value: str = "iou") -> pd.DataFrame:
+def overlap_matrix(masks: Mapping[str, Tensors], value: str = "iou") -> "pd.DataFrame":
     """Measure the overlap of every pair of several sets of masks.
 
     Args:
@@ -202,6 +207,8 @@ def overlap_matrix(masks: Mapping[str, Tensors], value: str = "iou") -> pd.DataF
     """
     one_of("value", value, ("iou", "expected"))
     labels = list(masks)
+    import pandas as pd
+
     matrix = pd.DataFrame(float("nan"), index=labels, columns=labels)
     for i, first in enumerate(labels):
         for second in labels[i:]:

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -14,6 +14,9 @@ from ._products import Products, countable
 from ._stored import tied_names
 from ._torch import device_of, in_mode
 from .model_utils import get_masks, layer_name, layer_table, prunable_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def cost(
     )
 
 
-def cost_table(model: nn.Module, inputs: torch.Tensor) -> pd.DataFrame:
+def cost_table(model: nn.Module, inputs: torch.Tensor) -> "pd.DataFrame":
     """List what each prunable layer costs.
 
     Args:
@@ -158,7 +161,7 @@ def cost_table(model: nn.Module, inputs: torch.Tensor) -> pd.DataFrame:
 # --- Products --------------------------------------------------------------------------------------------------------
 
 
-def _count_macs(model, inputs) -> tuple[pd.DataFrame, Products]:
+def _count_macs(model, inputs) -> "tuple[pd.DataFrame, Products]":
     """Return the layer table with macs and sparse_macs for one input, and the products of the whole model."""
     if not torch.is_tensor(inputs):
         raise TypeError(f"inputs must be a tensor (N, ...), not {type(inputs).__name__}")

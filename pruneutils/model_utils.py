@@ -8,8 +8,8 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -19,7 +19,10 @@ from ._evaluation import Judge, Metric, Output
 from ._masks import Mask
 from ._masks import attach as attach_masks
 from ._prunable import layer_name, match_layers, present_weights, prunable, prunable_weights
-from ._torch import resolve_precision
+from ._torch import lazy_clone, resolve_precision
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Count",
@@ -134,7 +137,7 @@ def get_masks(model: nn.Module) -> Masks:
         >>> pu.get_masks(model)["weight"]
         tensor([[ True, False,  True]])
     """
-    return Masks({name: mask.keep.clone() for name, mask in masked(model).items()})
+    return Masks({name: lazy_clone(mask.keep) for name, mask in masked(model).items()})
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
@@ -402,7 +405,7 @@ def count(model: nn.Module) -> Count:
     return Count(sum(w.numel() for w, _, _ in layers), sum(kept for _, kept, _ in layers), sum(n for *_, n in layers))
 
 
-def layer_table(model: nn.Module) -> pd.DataFrame:
+def layer_table(model: nn.Module) -> "pd.DataFrame":
     """Count the weights of each prunable layer.
 
     Args:
@@ -431,6 +434,8 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
         (layer_name(name), tuple(weight.shape), weight.numel(), kept, 1 - kept / weight.numel())
         for name, (weight, kept, _) in _kept(model).items()
     ]
+    import pandas as pd
+
     return pd.DataFrame(rows, columns=["layer", "shape", "total", "kept", "sparsity"])
 
 

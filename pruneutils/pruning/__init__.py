@@ -11,8 +11,8 @@ from torch import nn
 from .. import _checks
 from .._left_out import LeftOutWarning, tell_left_out
 from .._prunable import is_transposed, join_parts, module_of, split_parts, weights_to_prune
-from .._torch import generator
-from ..model_utils import Masks, attach_masks, get_masks, layer_name
+from .._torch import generator, zero_pruned
+from ..model_utils import Masks, attach_masks, get_masks, layer_name, masked
 from . import criteria, granularities, schedules
 from ._slicing import replay
 from .criteria import Scores, criterion, list_criteria, scores
@@ -289,7 +289,7 @@ def plan(
     parts = {name: list(split_parts(model, {name: weight})) if split else [name] for name, weight in whole.items()}
     whole = {name: weight for name, weight in whole.items() if competing.intersection(parts[name])}
     weights = {part: weights[part] for name in whole for part in parts[name]}
-    masks = {name: mask for name, mask in get_masks(model).items() if name in whole}
+    masks = {name: mask.keep for name, mask in masked(model).items() if name in whole}
     present = split_parts(model, masks) if split else masks
     # a part that does not compete beside one that does
     present |= {
@@ -359,9 +359,8 @@ def _spare(keep, present, unit, probability, seed) -> dict[str, torch.Tensor]:
 
 
 def _zero(weights, masks) -> None:
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.masked_fill_(~masks[name], 0)
+    for name, weight in weights.items():
+        zero_pruned(weight, masks[name])
 
 
 def _copy(weights, values) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import a_function, a_seed, inputs_told, unknown
 from .._prunable import is_transposed, module_of
-from .._torch import batches, device_of, generator, in_mode, own_random_state
+from .._torch import all_finite, batches, device_of, generator, in_mode, own_random_state
 from ..model_utils import prunable_weights
+from ._batchnorm import FixedBatchNorm
 from .linearising import Linearised
 
 Scores = dict[str, torch.Tensor]
@@ -152,7 +154,7 @@ def hessian_gradient(model, weights, parts, loss_fn) -> list[torch.Tensor]:
         loss = share * loss_fn(model(inputs), targets)
         return grad(loss, weights, create_graph=create_graph, materialize_grads=True)
 
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+    with sdpa_kernel(SDPBackend.MATH), FixedBatchNorm(weights):  # the fused attention kernels have no second derivative
         first = [gradients(*part, create_graph=len(parts) == 1) for part in parts]
         g = [sum(layer).detach() for layer in zip(*first)]
         hg = [torch.zeros_like(layer) for layer in g]
@@ -174,7 +176,7 @@ def synflow(model, data):
     depth beyond float32 (about 1e70 for ResNet-56), and in eval mode, since batch statistics of one image are void.
     Activations that saturate, such as ReLU6, are made linear: the theory is about those that let all flow through.
     """
-    return {name: weight * g for name, (weight, g) in _flow_gradients(model, data).items()}
+    return {name: weight.mul_(g) for name, (weight, g) in _flow_gradients(model, data).items()}
 
 
 def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -188,7 +190,8 @@ def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
     ones = torch.ones_like(inputs[:1], dtype=torch.float64, device=device_of(model))
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     absolute = {
-        id(tensor): tensor.detach().abs().double() if tensor.is_floating_point() else tensor for _, tensor in named
+        id(tensor): _magnitude_in_float64(tensor.detach()) if tensor.is_floating_point() else tensor
+        for _, tensor in named
     }
     tensors = {name: absolute[id(tensor)] for name, tensor in named}  # tied ones are one tensor here too
     weights = {name: tensors[name].requires_grad_() for name in prunable_weights(model)}
@@ -197,6 +200,19 @@ def _flow_gradients(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
         flow = torch.func.functional_call(model, tensors, (ones,)).sum()
     gradients = grad(flow, weights.values(), materialize_grads=True)
     return {name: (w.detach(), g) for (name, w), g in zip(weights.items(), gradients)}
+
+
+def _magnitude_in_float64(tensor):
+    """|tensor| as new float64 numbers; on a CPU in one pass, and into numpy's memory, whose pages are large.
+
+    It begins at a multiple of 64 bytes, as torch's does: how matrix products are rounded can depend on that.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
+        return tensor.double().abs_()
+    memory = np.empty(tensor.numel() + 7)
+    start = -memory.ctypes.data % 64 // 8
+    magnitude = memory[start : start + tensor.numel()].reshape(tensor.shape)
+    return torch.from_numpy(np.abs(tensor.numpy(), out=magnitude))
 
 
 @criterion
@@ -390,6 +406,7 @@ def _checked(result: Scores, weights: dict[str, nn.Parameter], name: str) -> Sco
         score = result[key]
         if score.shape != weight.shape:
             raise ValueError(f"criterion {name!r}: {key} has shape {tuple(weight.shape)}, scores {tuple(score.shape)}")
-        if bad := score.numel() - int(torch.isfinite(score).count_nonzero()):
+        if not all_finite(score):
+            bad = score.numel() - int(torch.isfinite(score).count_nonzero())
             raise ValueError(f"criterion {name!r}: {bad} of {score.numel()} scores of {key} are NaN or infinite")
     return {key: result[key].detach() for key in weights}

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -16,6 +16,9 @@ from ._slicing import cut, kind_of_attention, size_of, tensor_cuts
 from ._surgery import Structure, analyse
 from .importances import Importance, filter_scores
 from .rebinding import rebind_optimizer
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @schedules.schedule
@@ -126,7 +129,7 @@ def prune_filters(
     return model
 
 
-def filter_table(model: nn.Module) -> pd.DataFrame:
+def filter_table(model: nn.Module) -> "pd.DataFrame":
     """List what `prune_filters` has left of each layer.
 
     Args:
@@ -148,6 +151,8 @@ def filter_table(model: nn.Module) -> pd.DataFrame:
             if role == "heads" or (role == "out" and hasattr(module, "weight") and module.weight.ndim > 1):
                 after = len(entry["kept"])
                 rows.append((layer, entry["of"], after, 1 - after / entry["of"]))
+    import pandas as pd
+
     return pd.DataFrame(rows, columns=["layer", "before", "after", "ratio"])
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Real
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -22,6 +22,9 @@ from ..model_utils import accuracy, get_masks, layer_name, prunable_weights
 from ._leastsquares import add, fit
 from ._passes import inputs_of, stops, visits
 from ._slicing import removed_cuts
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _Norm = nn.modules.batchnorm._BatchNorm
 
@@ -153,7 +156,7 @@ def reconstruct(
     *,
     exclude: str | Iterable[str] = (),
     fit_bias: bool = False,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Fit the kept weights of a pruned network to the outputs of the dense one, layer by layer and in place.
 
     From the first layer to the last, the kept weights of each become the least-squares solution of
@@ -232,6 +235,8 @@ def reconstruct(
         for parameter, value in saved:
             parameter.copy_(value)
         raise
+    import pandas as pd
+
     return pd.DataFrame(table, columns=["layer", "before", "after"])
 
 

@@ -1,6 +1,7 @@
 """Scores to masks: which weights go when exactly k have to. Ties go by position: what comes first is pruned first."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,17 +47,22 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
         ValueError: If k is not within 0 and the number alive, or if a score is NaN or infinite.
     """
     alive = alive or {}
-    total = sum(int(alive[n].count_nonzero()) if n in alive else s.numel() for n, s in scores.items())
+    total = sum(n_true(alive[n]) if n in alive else s.numel() for n, s in scores.items())
     if not 0 <= k <= total:
         raise ValueError(f"cannot prune {k} of {total} weights")
     if not any(s.numel() for s in scores.values()):
         return Selection({name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}, {})
     single = (torch.float32, torch.bfloat16, torch.float16)
     dtype = torch.float32 if all(s.dtype in single for s in scores.values()) else torch.float64
-    transform = transform or (lambda chunk, out: chunk)
-    low, high = _bracket(scores, k / max(total, 1), alive, lambda chunk: transform(chunk.to(dtype), out=None))
+    transform = transform or _as_it_is
+    low, high = _bracket(scores, k / max(total, 1), alive, transform, dtype)
     while True:
-        keep, values, positions, n_above = _split(scores, low, high, alive, transform, dtype)
+        try:
+            keep, values, positions, n_above = _split(scores, low, high, alive, transform, dtype)
+        except _NotFinite as error:
+            bad = scores[error.args[0]]
+            n_bad = bad.numel() - int(torch.isfinite(bad).count_nonzero())
+            raise ValueError(f"{error}: {n_bad} of {bad.numel()} scores are NaN or infinite") from None
         n_inside = k - (total - n_above - len(values))  # how many of those inside the bracket are to be pruned
         if 0 <= n_inside <= len(values):
             break
@@ -66,6 +72,10 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
     _keep_positions(keep, positions[stays], ends)
     ties = torch.bincount(torch.bucketize(positions[tied], ends, right=True), minlength=len(keep))
     return Selection(keep, {name: n for name, n in zip(keep, ties.tolist()) if n})
+
+
+def _as_it_is(chunk, out=None):
+    return chunk
 
 
 def _rank_inside(values: torch.Tensor, n_pruned: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,72 +100,133 @@ def _keep_positions(keep: dict[str, torch.Tensor], positions: torch.Tensor, ends
             mask.view(-1)[mine - (ends[i] - mask.numel())] = True
 
 
-def _bracket(scores, quantile, alive, transform) -> tuple[float, float]:
+def _bracket(scores, quantile, alive, transform, dtype) -> tuple[float, float]:
     """Two scores with the `quantile` of all very probably between them; the infinite ones where scores are few."""
     total = sum(s.numel() for s in scores.values())
     if total <= 4 * _SAMPLE:
         return -torch.inf, torch.inf
-    # random and not evenly spaced positions: even spacing can fall in step with 3x3 kernels
-    positions = torch.randint(total, (_SAMPLE,), generator=torch.Generator().manual_seed(0)).sort().values
-    start, sample = 0, []
-    for name, s in scores.items():
-        first, last = torch.searchsorted(positions, torch.tensor([start, start + s.numel()])).tolist()
-        here = (positions[first:last] - start).to(s.device)
-        values = transform(s.detach().reshape(-1)[here])
+    # one at random from each stretch, and not evenly spaced ones: these can fall in step with 3x3 kernels
+    jitter = torch.rand(_SAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    positions = ((torch.arange(_SAMPLE) + jitter) * (total / _SAMPLE)).long().clamp_(max=total - 1)
+    ends = torch.tensor([0, *(s.numel() for s in scores.values())]).cumsum(0)
+    bounds, sample = torch.searchsorted(positions, ends).tolist(), []
+    for i, (name, s) in enumerate(scores.items()):
+        here = (positions[bounds[i] : bounds[i + 1]] - ends[i]).to(s.device)
+        values = transform(s.detach().reshape(-1)[here].to(dtype))
         sample.append((values[alive[name].reshape(-1)[here]] if name in alive else values).cpu())
-        start += s.numel()
     sample = torch.from_numpy(np.sort(torch.cat(sample).numpy()))
     n = len(sample)
-    margin = 5 * (quantile * (1 - quantile) / max(n, 1)) ** 0.5 * n + 2
+    margin = 4 * (quantile * (1 - quantile) / max(n, 1)) ** 0.5 * n + 2
     first, last = int(quantile * n - margin), int(quantile * n + margin) + 1
     # the lower end is exclusive, so step below the sampled score: what ties with it has to be inside
     low = torch.nextafter(sample[first], sample.new_tensor(-torch.inf)).item() if first >= 0 else -torch.inf
     return low, sample[last].item() if last < n else torch.inf
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """A part of one tensor, small enough for the cache of a CPU."""
+
+    name: str
+    start: int  # in the tensor
+    offset: int  # of the tensor, in all scores
+    scores: torch.Tensor
+    mask: torch.Tensor  # to be written
+    alive: torch.Tensor | None
+
+
 def _split(scores, low, high, alive, transform, dtype):
     """Masks of what is above `high`, values and flat positions of what is in (low, high], and the number above."""
-    keep, values, positions, start = {}, [], [], 0
     device = next(iter(scores.values())).device
     size = _CHUNK if device.type == "cpu" else 256 * _CHUNK
-    kept = torch.zeros((), dtype=torch.long, device=device)
-    largest = min(size, max(s.numel() for s in scores.values()))
-    # the same memory for every piece: fresh pages would cost more than the work on them
-    pieces, insides = (torch.empty(largest, dtype=kind, device=device) for kind in (dtype, torch.bool))
+    keep, stretches, offset = {}, [], 0
     for name, s in scores.items():
         flat, mask = s.detach().reshape(-1), torch.empty(s.shape, dtype=torch.bool, device=s.device)
-        keep[name], mask = mask, mask.view(-1)
-        total = torch.zeros((), device=s.device)
+        here = alive[name].reshape(-1) if name in alive else None
+        keep[name] = mask
         for i in range(0, len(flat), size):
-            above = mask[i : i + size]
-            chunk = transform(flat[i : i + size].to(dtype), out=pieces[: len(above)])
-            total += chunk.sum()
-            _greater(chunk, high, out=above)
-            inside = _greater(chunk, low, out=insides[: len(above)]).logical_xor_(above)
-            if name in alive:
-                here = alive[name].reshape(-1)[i : i + size]
-                above &= here
-                inside &= here
-            inside = _positions(inside)
-            values.append(chunk[inside].to(device))
-            positions.append(inside.to(device) + (start + i))
-            kept += above.count_nonzero().to(device)
-        start += len(flat)
-        # NaN and infinity show in the sum, which is cheaper than asking each; a sum can also overflow by itself
-        if not torch.isfinite(total) and not torch.isfinite(s).all():
-            raise ValueError(f"{name}: {int((~torch.isfinite(s)).sum())} of {s.numel()} scores are NaN or infinite")
-    return keep, torch.cat(values), torch.cat(positions), int(kept)
+            part = slice(i, i + size)
+            own = None if here is None else here[part]
+            stretches.append(_Stretch(name, i, offset, flat[part], mask.view(-1)[part], own))
+        offset += len(flat)
+    bounds = low, high, transform, dtype
+    # Threads of our own and not those of torch: they need not wait for each other after every operation.
+    alike = all(s.dtype == dtype and s.device.type == "cpu" for s in scores.values())
+    n_threads = min(torch.get_num_threads(), len(stretches) // 4) if alike else 1
+    if n_threads > 1:
+        step = -(-len(stretches) // (4 * n_threads))
+        groups = [stretches[i : i + step] for i in range(0, len(stretches), step)]
+        with ThreadPoolExecutor(n_threads) as pool:
+            parts = [
+                part for group in pool.map(lambda group: _split_stretches(group, *bounds), groups) for part in group
+            ]
+    else:
+        parts = _split_stretches(stretches, *bounds)
+    values = torch.cat([values.to(device) for values, _, _ in parts])
+    positions = torch.cat([positions.to(device) for _, positions, _ in parts])
+    return keep, values, positions, sum(int(n) for *_, n in parts)
 
 
-# On a CPU, numpy compares, searches and partitions three to nine times faster than torch.
+def _split_stretches(stretches, low, high, transform, dtype) -> list[tuple]:
+    """(values inside, their positions in all scores, number above) for each stretch; the masks are written."""
+    largest, buffers = max(len(stretch.scores) for stretch in stretches), {}
+    parts = []
+    for stretch in stretches:
+        # the same memory for all: fresh pages would cost more than the work on them
+        device, n = stretch.scores.device, len(stretch.scores)
+        if device not in buffers:
+            buffers[device] = [torch.empty(largest, dtype=kind, device=device) for kind in (dtype, torch.bool)]
+        values, inside = (buffer[:n] for buffer in buffers[device])
+        split = _split_in_numpy if device.type == "cpu" else _split_in_torch
+        values, positions, n_above = split(stretch, low, high, transform, values, inside)
+        parts.append((values, positions.add_(stretch.offset + stretch.start), n_above))
+    return parts
 
 
-def _greater(values, bound: float, out):
-    """torch.gt(values, bound, out=out)"""
-    if values.device.type == "cpu":
-        np.greater(values.numpy(), bound, out=out.numpy())
-        return out
-    return torch.gt(values, bound, out=out)
+def _split_in_torch(stretch, low, high, transform, values, inside):
+    values = transform(stretch.scores.to(values.dtype), out=values)
+    _check_finite(stretch, bool(torch.isfinite(values.sum()) or torch.isfinite(values).all()))
+    above = torch.gt(values, high, out=stretch.mask)
+    torch.gt(values, low, out=inside).logical_xor_(above)
+    if stretch.alive is not None:
+        above &= stretch.alive
+        inside &= stretch.alive
+    positions = inside.nonzero().flatten()
+    return values[positions], positions, above.count_nonzero()
+
+
+def _split_in_numpy(stretch, low, high, transform, values, inside):
+    """The same on a CPU, where numpy compares, counts and searches three to nine times faster than torch."""
+    scores, above, inside = stretch.scores.to(values.dtype), stretch.mask.numpy(), inside.numpy()
+    if transform is torch.abs:
+        values = np.abs(scores.numpy(), out=values.numpy())
+    else:
+        values = transform(scores, out=values).numpy()
+    # the highest value is NaN if any is
+    _check_finite(stretch, values.max() < np.inf and (transform is torch.abs or values.min() > -np.inf))
+    np.greater(values, high, out=above)
+    np.greater(values, low, out=inside)
+    inside ^= above
+    if stretch.alive is not None:
+        alive = stretch.alive.numpy()
+        above &= alive
+        inside &= alive
+    positions = np.flatnonzero(inside)
+    return torch.from_numpy(values[positions]), torch.from_numpy(positions), np.count_nonzero(above)
+
+
+def _check_finite(stretch, finite: bool) -> None:
+    if not finite:
+        raise _NotFinite(stretch.name)
+
+
+class _NotFinite(ValueError):
+    """The scores of the tensor of this name are NaN or infinite."""
+
+
+def n_true(mask: torch.Tensor) -> int:
+    """Count the True entries of a mask."""
+    return np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else int(mask.count_nonzero())
 
 
 def _positions(mask):

@@ -4,8 +4,8 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -17,6 +17,9 @@ from ..pruning.importances import Importance, bind
 from . import optimizers
 from .batches import epochs_of
 from .loop import check_arguments, fit
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def gradual_filters(
@@ -44,7 +47,7 @@ def gradual_filters(
     options: Mapping[str, object] | None = None,
     seed: int = 0,
     **fit_options: object,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Train, remove filters in rounds with training before each, and train to the end (Lubana and Dick 2021).
 
     Warm-up and final training run at `lr`, the final one with `lr_schedule`; the rounds run at `lr_prune`. All stages
@@ -110,7 +113,7 @@ def gradual_filters(
     bind(importance, data, loss_fn, seed, data[0][0], options)
     trial = copy.deepcopy(model)  # what cannot be done shows before the training
     prune_filters(trial, "mag_based", last, None, 1, of, data, exclude, min_density=min_density)
-    tables: list[pd.DataFrame] = []
+    tables: list = []
 
     def stage(name, number, n_epochs, how):
         for group, rate in zip(stepping.param_groups, rates):
@@ -133,4 +136,6 @@ def gradual_filters(
     stage("final", rounds, epochs, dict(fitting, lr_schedule=lr_schedule))
     for group, rate in zip(stepping.param_groups, rates):
         group["lr"] = rate
+    import pandas as pd
+
     return pd.concat(tables, ignore_index=True)

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
@@ -16,6 +16,9 @@ from ..pruning.granularities import find
 from ..pruning.schedules import SCHEDULES
 from ..pruning.scopes import SCOPES
 from .loop import check_arguments, fit
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OnStep = Callable[[nn.Module, int, int], None]
 
@@ -36,7 +39,7 @@ def gradual(
     exclude: str | Iterable[str] = (),
     seed: int = 0,
     **fit_options: object,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Prune to each of `sparsities` in turn while training, in one of two designs.
 
     `epochs_each=2` *restarts* after each pruning: it prunes, then trains 2 epochs with an optimizer and a learning-rate
@@ -185,17 +188,19 @@ def gradual_sparsity(
 # --- The two designs -------------------------------------------------------------------------------------------------
 
 
-def _with_restarts(model, train, test, sparsities, epochs_each, pruning, fit_options) -> pd.DataFrame:
+def _with_restarts(model, train, test, sparsities, epochs_each, pruning, fit_options) -> "pd.DataFrame":
     tables = []
     for stage, sparsity in enumerate(sparsities):
         prune(model, sparsity=sparsity, **pruning)
         table = fit(model, train, test, epochs_each, seed=_seed_of(pruning["seed"], stage), **fit_options)
         table["epoch"] += stage * epochs_each
         tables.append(table.assign(stage=stage + 1))
+    import pandas as pd
+
     return pd.concat(tables, ignore_index=True)
 
 
-def _in_one_training(model, train, test, due, epochs, per_epoch, pruning, fit_options) -> pd.DataFrame:
+def _in_one_training(model, train, test, due, epochs, per_epoch, pruning, fit_options) -> "pd.DataFrame":
     prune_if_due = _pruning_when(lambda step, steps: due.get(step), **pruning)
     on_step = fit_options.pop("on_step", None)
 

@@ -7,8 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -18,6 +18,9 @@ from .._torch import autocast, device_of, in_mode, resolve_precision, seed_devic
 from ..model_utils import count, dense_gradients
 from . import numerics, optimizers
 from .batches import Batches, epochs_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = (
     "epoch", "train_loss", "train_accuracy", "test_accuracy", "sparsity", "lr", "precision", "seconds",
@@ -48,7 +51,7 @@ def fit(
     start_step: int = 0,
     output: Output | None = None,
     metric: Metric | None = None,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Train a model in place; its masks hold.
 
     The same seed repeats the run bit for bit on one machine. The global random state and every module's train or eval
@@ -164,6 +167,8 @@ def fit(
                     "seconds": time.perf_counter() - started,
                 }
             )
+    import pandas as pd
+
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

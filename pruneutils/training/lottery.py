@@ -1,14 +1,17 @@
 """Lottery tickets: iterative magnitude pruning with rewinding."""
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from torch import nn
 
 from .. import _checks
 from ..pruning import Scope, plan, prune, sparsity_at
 from ..pruning.criteria import Scores, bind
 from .loop import check_arguments, fit
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def lottery_ticket(
@@ -26,7 +29,7 @@ def lottery_ticket(
     seed: int = 0,
     on_step: Callable[[nn.Module, int, int], None] | None = None,
     **fit_options: object,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Find a lottery ticket: train, prune, rewind what is left to its early values, and train again.
 
     The dense model is trained first. Each round then prunes the same share of what is left, rewinds the weights and
@@ -91,4 +94,6 @@ def lottery_ticket(
         hook = on_step if turn else take
         table = fit(model, train, test, epochs, seed=seed, start_step=start, on_step=hook, **fit_options)
         tables.append(table.assign(round=turn))
+    import pandas as pd
+
     return pd.concat(tables, ignore_index=True)

@@ -217,6 +217,33 @@ def test_grasp_against_finite_differences():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_grasp_through_fixed_batch_norm_is_that_of_torch(affine):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, affine=affine), nn.Softplus(), nn.Flatten(), nn.Linear(48, 8),
+        nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3),
+    ).double()  # fmt: skip
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    inputs, targets = batch(9, shape=(2, 6, 6))
+    model.eval()
+    weights = list(pu.prunable_weights(model).values())
+    loss = F.cross_entropy(model(inputs) / 200, targets)
+    g = torch.autograd.grad(loss, weights, create_graph=True)
+    products = torch.autograd.grad(g, weights, grad_outputs=[each.detach() for each in g])
+    expected = [(w * h).detach() for w, h in zip(weights, products)]
+    for score, wanted in zip(pu.scores(model, "grasp", (inputs, targets)).values(), expected, strict=True):
+        torch.testing.assert_close(score, wanted, rtol=1e-9, atol=1e-15)
+    # parameters of the batch norm that are asked for get their share too
+    if affine:
+        parameters = list(model.parameters())
+        g = torch.autograd.grad(F.cross_entropy(model(inputs), targets), parameters, create_graph=True)
+        wanted = torch.autograd.grad(g, parameters, grad_outputs=[each.detach() for each in g])
+        found = criteria.hessian_gradient(model, parameters, [(inputs, targets, 1.0)], F.cross_entropy)
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, wanted))
+
+
 def test_grasp_default_temperature_is_200():
     model, data = two_layers(), batch()
     assert_scores(pu.scores(model, "grasp", data), pu.scores(model, "grasp", data, temperature=200.0).values())
@@ -393,6 +420,75 @@ def test_synflow_at_once_empties_the_input_layer_of_fc_and_in_100_iterations_doe
     pu.prune(model, "synflow", sparsity=0.9, data=x, iterations=100)
     table = pu.layer_table(model)
     assert table["kept"].idxmax() == 0 and table["kept"].min() > 0 and table["kept"].sum() == 11_940
+
+
+def synflow_by_definition(model, inputs):
+    """|w dR/dw| in float64, as the paper writes it."""
+    exact = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        for tensor in (*exact.parameters(), *exact.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.abs())
+    weights = pu.prunable_weights(exact)
+    flow = exact(torch.ones_like(inputs[:1], dtype=torch.float64)).sum()
+    gradients = torch.autograd.grad(flow, weights.values())
+    return {name: (w * g).detach() for (name, w), g in zip(weights.items(), gradients)}
+
+
+class Scaled(nn.Module):
+    """A factor without dimensions, as some networks have."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(-0.5))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=2, max_size=4), st.booleans(), st.integers(1, 4),
+    st.sampled_from((torch.float32, torch.float64, torch.bfloat16)),
+)  # fmt: skip
+def test_synflow_and_its_iterations_are_those_of_the_definition(seed, widths, normalized, iterations, dtype):
+    torch.manual_seed(seed)
+    layers = []
+    for inputs, outputs in zip([2, *widths], widths):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1)] + [nn.BatchNorm2d(outputs)] * normalized + [nn.ReLU()]
+    model = nn.Sequential(*layers, Scaled(), nn.Flatten(), nn.Linear(widths[-1] * 16, 3)).to(dtype)
+    x = torch.zeros(1, 2, 4, 4)
+    weights = {name: w.detach().clone() for name, w in pu.prunable_weights(model).items()}
+    found = pu.scores(model, "synflow", x)
+    for name, score in synflow_by_definition(model, x).items():
+        assert torch.allclose(found[name], score, rtol=1e-12, atol=0)
+    assert all(torch.equal(w, weights[name]) for name, w in pu.prunable_weights(model).items())
+    # one iteration after the other, each removes what scores lowest, up to rounding
+    twin, total = copy.deepcopy(model), sum(w.numel() for w in weights.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(1, iterations + 1):
+            before, scores = pu.get_masks(twin), synflow_by_definition(twin, x)
+            density = (1 - round(0.7 * total) / total) ** (step / iterations)
+            after = pu.prune(twin, "synflow", sparsity=round(total * (1 - density)) / total, data=x)
+            gone = [s[before[n] & ~after[n]] if before else s[~after[n]] for n, s in scores.items()]
+            kept = flat(score[after[name]] for name, score in scores.items())
+            assert flat(gone).max() <= kept.min() * (1 + 1e-12)
+        masks = pu.prune(model, "synflow", sparsity=0.7, data=x, iterations=iterations)
+    assert masks.kept == total - round(0.7 * total)
+    assert all(torch.equal(masks[name], after[name]) for name in masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 3, 3)])
+def test_magnitudes_are_copies_that_begin_as_torchs_memory_does(shape, dtype):
+    tensor = -torch.rand(shape).to(dtype)
+    tensors = [tensor, tensor.to(memory_format=torch.channels_last)] if len(shape) == 4 else [tensor]
+    for each in tensors:
+        magnitude = criteria._magnitude_in_float64(each)
+        assert torch.equal(magnitude, each.double().abs()) and magnitude.data_ptr() % 64 == 0
+        magnitude.zero_()
+        assert (each < 0).any()
 
 
 def test_synflow_is_finite_where_float32_is_not():

@@ -134,6 +134,32 @@ def test_a_sum_that_overflows_is_not_an_error():
     assert_as_sorted({"w": torch.tensor([[3e38, 3e38, 2e38, 1e38]])}, 2)
 
 
+@pytest.mark.parametrize("kind", ["normal", "zeros", "quantised"])
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_change_nothing(monkeypatch, n_threads, kind):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    monkeypatch.setattr(selection, "_CHUNK", 1 << 12)
+    pools = []
+    pool = selection.ThreadPoolExecutor
+    monkeypatch.setattr(selection, "ThreadPoolExecutor", lambda n: pools.append(n) or pool(n))
+    generator = torch.Generator().manual_seed(2)
+    scores = {name: values(kind, shape, generator).float() for name, shape in {"a": (300, 500), "b": (7, 9)}.items()}
+    alive = {"a": torch.rand(300, 500, generator=generator) < 0.5}
+    assert_as_sorted(scores, 60_000, alive)
+    assert set(pools) == {n_threads}
+    scores["a"][299, 499] = float("nan")
+    with pytest.raises(ValueError, match="a: 1 of 150000 scores"):
+        select(scores, 5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_transformed_scores_that_are_not_finite_raise(bad):
+    weights = {"w": torch.randn(100, 100)}
+    weights["w"][3, 4] = -bad
+    with pytest.raises(ValueError, match="w: 1 of 10000 scores"):
+        select(weights, 5, transform=torch.abs)
+
+
 @pytest.mark.parametrize("k", [-1, 7])
 def test_more_than_there_is_raises(k):
     with pytest.raises(ValueError, match=f"cannot prune {k} of 6"):
