@@ -7,7 +7,6 @@ any more closes its widgets, and lets go of its copy of the model.
 
 import asyncio
 import inspect
-import io
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,6 +15,7 @@ import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 from .. import _checks, plots
@@ -25,7 +25,7 @@ from ..plots.panel import draw_panel, png
 from ..pruning import criteria, granularities
 from ..pruning.granularities import Granularity
 from ..pruning.scopes import SCOPES, Scope
-from . import words
+from . import film, words
 from .trial import UNPRUNED, Choice, Trial
 
 _PAUSE = 0.3  # seconds a choice has to stand before all of the data is evaluated
@@ -268,19 +268,9 @@ class SparsityExplorer:
                 plots.save(self._draw(Figure(), style), path)
         return figure
 
-    def frame(self, style: str | None = None) -> bytes:
-        """The picture and the curve as one PNG, one below the other, in "light" or "dark": for films and pages."""
-        from PIL import Image
-
-        style = style or self._style
-        parts = [png(self._draw_course_on(Figure(), style)), png(self._draw(Figure(), style))]
-        course, picture = (Image.open(io.BytesIO(part)) for part in parts)
-        whole = Image.new("RGB", (picture.width, picture.height + course.height), picture.getpixel((0, 0)))
-        whole.paste(course, (0, 0))
-        whole.paste(picture, (0, course.height))
-        file = io.BytesIO()
-        whole.save(file, "PNG")
-        return file.getvalue()
+    def frame(self, style: str | None = None, slider: bool = True) -> Image.Image:
+        """The whole panel as one image, in "light" or "dark", with or without its slider: for films and pages."""
+        return film.frame(self, style or self._style, slider)
 
     def close(self) -> None:
         """Take the panel off the page and let go of everything that it holds but the model."""
