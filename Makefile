@@ -49,8 +49,7 @@ findings: .venv/installed
 	$(BIN)/python docs/findings.py
 
 pictures: .venv/installed
-	$(BIN)/python docs/record.py film
-	$(BIN)/python docs/record.py panel
+	for what in film asked synflow panel; do $(BIN)/python docs/record.py $$what || exit 1; done
 
 clean:
 	rm -rf .venv build

@@ -120,4 +120,4 @@ def show_three_curves(page: Any) -> None:
     for name in ("synflow", "snip", "magnitude"):
         criterion.select_option(label=name)
         panel(page).get_by_text("on all 1,000 images").first.wait_for()
-        page.wait_for_timeout(15_000 if name != "magnitude" else 4_000)
+        page.wait_for_timeout(12_000)

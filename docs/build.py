@@ -7,6 +7,7 @@ docstrings, the results from results/, and an explorer of recorded frames. Then 
 import argparse
 import inspect
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +17,6 @@ import pandas as pd
 import pruneutils as pu
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES, SITE = ROOT / "build/docs", ROOT / "build/site"
 CRITERIA = ("magnitude", "snip", "synflow")
 _SHOWN = 60  # runs of a study
 ROOMS = ("data", "models", "plots", "widgets", "experiments", "statistics", "notebook")
@@ -24,21 +24,24 @@ ROOMS = ("data", "models", "plots", "widgets", "experiments", "statistics", "not
 
 def main() -> None:
     """Gather the pages and build the site."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")  # mkdocs is strict about these
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=40, help="sparsities that the explorer shows, for each criterion")
+    parser.add_argument("--output", type=Path, default=ROOT / "build", help="gets the folders docs and site")
     arguments = parser.parse_args()
-    for folder in (PAGES, SITE):
+    pages, site = arguments.output / "docs", arguments.output / "site"
+    for folder in (pages, site):
         shutil.rmtree(folder, ignore_errors=True)
-    (PAGES / "notebooks").mkdir(parents=True)
-    shutil.copytree(ROOT / "images", PAGES / "images")
-    shutil.copy(ROOT / "docs/pruneutils.css", PAGES)
-    (PAGES / "index.md").write_text(front_page())
+    (pages / "notebooks").mkdir(parents=True)
+    shutil.copytree(ROOT / "images", pages / "images")
+    shutil.copy(ROOT / "docs/pruneutils.css", pages)
+    (pages / "index.md").write_text(front_page())
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        (PAGES / "notebooks" / path.name).write_text(json.dumps(for_the_site(json.loads(path.read_text()))))
-    (PAGES / "notebooks/index.md").write_text(notebooks_page())
-    (PAGES / "api.md").write_text(api_page())
-    (PAGES / "results.md").write_text(results_page())
-    (PAGES / "explorer.md").write_text(explorer_page(PAGES / "frames", arguments.frames))
+        (pages / "notebooks" / path.name).write_text(json.dumps(for_the_site(json.loads(path.read_text()))))
+    (pages / "notebooks/index.md").write_text(notebooks_page())
+    (pages / "api.md").write_text(api_page())
+    (pages / "results.md").write_text(results_page())
+    (pages / "explorer.md").write_text(explorer_page(pages / "frames", arguments.frames))
 
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -50,8 +53,8 @@ def main() -> None:
         {"API": "api.md"},
         {"Results": "results.md"},
     ]
-    build(load_config(str(ROOT / "docs/mkdocs.yml"), nav=nav))
-    print(f"{SITE}: {sum(1 for _ in SITE.rglob('*.html'))} pages")
+    build(load_config(str(ROOT / "docs/mkdocs.yml"), nav=nav, docs_dir=str(pages), site_dir=str(site)))
+    print(f"{site}: {sum(1 for _ in site.rglob('*.html'))} pages")
 
 
 # --- Words -----------------------------------------------------------------------------------------------------------
@@ -64,8 +67,7 @@ def readme() -> str:
 
 def front_page() -> str:
     """Return README with links that work on the site; what is no page here is named and not linked."""
-    text = re.sub(r"\((notebooks/\w+)\.ipynb(#[\w-]+)?\)", r"(\1.html\2)", readme())
-    text = text.replace("(notebooks/README.md)", "(notebooks/index.html)")
+    text = readme().replace("(notebooks/README.md)", "(notebooks/index.md)")
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#|images/|notebooks/)[^)]+\)", r"\1", text)
 
 
@@ -76,8 +78,7 @@ def order() -> list[str]:
 
 def notebooks_page() -> str:
     """Return the index of the notebooks, by question and with pictures, as it is kept beside them."""
-    text = (ROOT / "notebooks/README.md").read_text()
-    return re.sub(r"\((\w+)\.ipynb\)", r"(\1.html)", text)
+    return (ROOT / "notebooks/README.md").read_text()
 
 
 def for_the_site(notebook: dict) -> dict:
@@ -100,10 +101,16 @@ def linked(text: str) -> str:
     from latex2mathml.converter import convert
 
     text = re.sub(r"\((\w+)\.ipynb(#[^)]*)?\)", r"(\1.html\2)", text)
+    text = re.sub(r"(\]\([\w.]*#)([^)]*)\)", lambda found: f"{found[1]}{slug(found[2])})", text)
     text = re.sub(r"\$\$(.+?)\$\$", lambda found: convert(found[1], display="block"), text, flags=re.S)
     parts = re.split(r"(`[^`]*`)", text)  # dollars in code are dollars
     parts[::2] = [re.sub(r"\$([^$\n]+)\$", lambda found: convert(found[1]), part) for part in parts[::2]]
     return "".join(parts)
+
+
+def slug(heading: str) -> str:
+    """Return the name that the site gives a heading; JupyterLab's keeps capitals and punctuation."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
 # --- The API ---------------------------------------------------------------------------------------------------------
@@ -206,7 +213,7 @@ def explorer_page(folder: Path, n: int) -> str:
     start = max(i for i, place in enumerate(places) if place <= 0.9)
     return f"""# Sparsity explorer
 
-This is a recording of [the explorer](notebooks/sparsity_explorer.html) on LeNet-300-100, trained for six epochs on the
+This is a recording of [the explorer](notebooks/sparsity_explorer.ipynb) on LeNet-300-100, trained for six epochs on the
 embedded digits: three criteria at {n} sparsities. In a notebook the same panel takes any network, and every choice.
 
 <div class="explorer" data-frames="{n}">

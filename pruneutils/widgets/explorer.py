@@ -145,7 +145,7 @@ class SparsityExplorer:
         self.box.observe(viewed, "_view_count")
 
     def _make_widgets(self, model, exclude, choice, choices):
-        wide, wrap = ipywidgets.Layout(width="min(100%, 640px)"), ipywidgets.Layout(flex_flow="row wrap")
+        wide, wrap = ipywidgets.Layout(width="min(100%, 560px)"), ipywidgets.Layout(flex_flow="row wrap")
         named = {"style": {"description_width": "76px"}}
         fits_2_of_4 = all(weight.shape[1] % 4 == 0 for weight in prunable_weights(model, exclude).values())
         kinds = [*granularities.GRANULARITIES, *(["2:4"] if fits_2_of_4 else [])]
