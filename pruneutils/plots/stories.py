@@ -70,7 +70,7 @@ def ranked_kernels(
                     ax.plot(*ends, color=style.alarm, linewidth=2)
     ax.annotate("", (n, -2.65), (0, -2.65), arrowprops={"arrowstyle": "->", "color": style.muted})
     ax.text(n / 2, -2.72, "lower scores go first", ha="center", va="top", fontsize=8.5, color=style.muted)
-    ax.set(xlim=(-1.1, n), ylim=(-2.95, 0.75), aspect="equal")
+    ax.set(xlim=(-1.1, n), ylim=(-2.95, 0.75), aspect="equal", xticks=[], yticks=[])
     ax.set_axis_off()
     return ax
 
@@ -142,10 +142,9 @@ def stuck_threshold(
         ax.plot([place, place], [y / 2, y], color=color, linewidth=1.6)
         ax.plot(place, y, marker, color=color, markersize=11)
     numeral = "0" if threshold == 0 else "above 0" if threshold > 0 else "below 0"
-    shown = percent(removed, None if removed > 0.1 else 1)
     for place, y, words, color in (
         (asked, 0.52, f"asked for {percent(asked)}", style.text),
-        (removed, -0.56, f"removed {shown}, threshold {numeral}", style.alarm),
+        (removed, -0.56, f"removed {percent(removed)}, threshold {numeral}", style.alarm),
     ):
         side = "left" if place < 0.12 else "right" if place > 0.88 else "center"
         ax.text(place, y, words, color=color, ha=side, va="center", fontsize=11, fontweight="bold")
