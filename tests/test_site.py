@@ -1,8 +1,8 @@
 """The site, built and opened in a real browser: no page has an error, no link is dead, nothing comes from outside."""
 
 import http.server
-import os
 import importlib.util
+import os
 import re
 import subprocess
 import sys
