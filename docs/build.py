@@ -5,6 +5,7 @@ docstrings, the results from results/, and an explorer of recorded frames. Then 
 """
 
 import argparse
+import html
 import inspect
 import json
 import logging
@@ -25,6 +26,7 @@ ROOMS = ("data", "models", "plots", "widgets", "experiments", "statistics", "not
 def main() -> None:
     """Gather the pages and build the site."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")  # mkdocs is strict about these
+    logging.getLogger("traitlets").setLevel(logging.ERROR)  # pictures without a description get one below
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=40, help="sparsities that the explorer shows, for each criterion")
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="gets the folders docs and site")
@@ -54,6 +56,8 @@ def main() -> None:
         {"Results": "results.md"},
     ]
     build(load_config(str(ROOT / "docs/mkdocs.yml"), nav=nav, docs_dir=str(pages), site_dir=str(site)))
+    for page in (site / "notebooks").glob("*.html"):
+        describe_pictures(page)
     print(f"{site}: {sum(1 for _ in site.rglob('*.html'))} pages")
 
 
@@ -96,6 +100,17 @@ def for_the_site(notebook: dict) -> dict:
     return notebook
 
 
+def describe_pictures(page: Path) -> None:
+    """Name the section of each picture that code has drawn, in a notebook's page: nbconvert does not describe it."""
+    section, parts = "", re.split(r"(<h[1-6][^>]*>.*?</h[1-6]>)", page.read_text(), flags=re.S)
+    for i, part in enumerate(parts):
+        if i % 2:
+            section = html.escape(re.sub(r"<[^>]+>|¶|&para;", "", part).strip(), quote=True)
+        said = f'alt="Picture drawn by the code above it, in the section: {section}"'
+        parts[i] = part.replace('alt="No description has been provided for this image"', said)
+    page.write_text("".join(parts))
+
+
 def linked(text: str) -> str:
     """Return markdown of a notebook with links to pages and formulas as MathML."""
     from latex2mathml.converter import convert
@@ -110,7 +125,7 @@ def linked(text: str) -> str:
 
 def slug(heading: str) -> str:
     """Return the name that the site gives a heading; JupyterLab's keeps capitals and punctuation."""
-    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()).strip("-")
 
 
 # --- The API ---------------------------------------------------------------------------------------------------------

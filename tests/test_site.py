@@ -87,7 +87,7 @@ class Page(HTMLParser):
             self.loads.append(given["srcset"])
         if tag == "link" and given.get("rel") not in ("canonical", "next", "prev"):
             self.loads.append(given["href"])
-        if tag == "img" and not given.get("alt"):
+        if tag == "img" and given.get("alt", "").removeprefix("No description")[:1] in ("", " "):
             self.undescribed.append(str(given)[:80])
 
 
@@ -123,6 +123,10 @@ def test_no_link_is_dead(site, pages):
             assert file.is_file() or (file / "index.html").is_file(), f"{name} links to {link}"
             if target.fragment and path in pages:
                 assert unquote(target.fragment) in pages[path].names, f"{name} links to {link}"
+
+
+def test_every_picture_says_what_is_seen(pages):
+    assert not {name: page.undescribed for name, page in pages.items() if page.undescribed}
 
 
 def test_every_public_name_is_on_the_api_page(pages):
