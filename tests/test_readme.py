@@ -62,7 +62,7 @@ def test_every_link_leads_somewhere_and_every_picture_says_what_is_seen(text, fo
 
 
 def test_opens_with_what_a_person_gets():
-    assert README.startswith("# pruneutils\n\n**See which weights of your network go.**")
+    assert README.startswith("# pruneutils\n\n- **See which weights of your network go.**")
     opening = README.index("## Two commands")
     assert README.index("images/sparsity_explorer.gif") < opening < README.index("## What we found")
     assert "![" not in README and "shields.io" not in README  # no badge that does not work

@@ -52,7 +52,7 @@ def _slider(panel, look) -> Figure:
         ax.plot([0, 1], [-0.2, -0.2], color=look.muted, linewidth=3, solid_capstyle="round", clip_on=False)
         ax.plot([0, place], [-0.2, -0.2], color=ink, linewidth=5, solid_capstyle="round", clip_on=False)
         ax.plot(place, -0.2, "o", color=ink, markersize=15, markeredgecolor=look.canvas, clip_on=False)
-        figure.text(0.435, 0.4, f"sparsity {place:.0%}", fontsize=15, fontweight="bold", va="center")
+        figure.text(0.435, 0.4, f"sparsity {place:.1%}", fontsize=15, fontweight="bold", va="center")
         words = f"criterion {panel.criterion.label}   scope {panel.scope.label}   granularity {panel.granularity.label}"
         figure.text(0.99, 0.4, words, fontsize=10.5, color=look.muted, va="center", ha="right")
     return figure
