@@ -1,4 +1,4 @@
-# make run · make test · make lab · make bench      (PYTHON=/path/to/python3.12 make run takes that Python for a new .venv)
+# make run · make test · make lab · make bench · make docs      (PYTHON=/path/to/python3.12 make run takes that Python for a new .venv)
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
@@ -8,7 +8,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that wait busily can slow two processes down a hundredfold: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lab bench study notebooks clean
+.PHONY: run test lab bench docs study notebooks findings pictures clean
 
 # Prunes small networks gradually, in about a minute: table here, picture and notebook in build/.
 run: .venv/installed
@@ -38,6 +38,11 @@ build/peers:
 	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ fasterai fastcore einops
 	@mkdir -p $@
 
+# The notebooks, the API, the results and an explorer that needs no kernel, as pages in build/site: a few minutes.
+docs: .venv/installed
+	$(BIN)/python docs/build.py
+	@echo "open build/site/index.html"
+
 # A notebook's sweep in a larger size, from a shell: make study NAME=gradual_vs_instant SIZE=medium BUDGET=3600
 # Finished runs are kept in results/; call it again until it says that none is missing.
 study: .venv/installed
@@ -48,11 +53,18 @@ study: .venv/installed
 notebooks: .venv/installed
 	$(BIN)/python -m pruneutils.notebook notebooks/*.ipynb
 
+# For maintainers: what README says was found, computed anew from results/; and the explorer's film and screenshots.
+findings: .venv/installed
+	$(BIN)/python docs/findings.py
+
+pictures: .venv/installed
+	for what in film asked synflow panel; do $(BIN)/python docs/record.py $$what || exit 1; done
+
 clean:
 	rm -rf .venv build
 
 .venv/installed: pyproject.toml constraints.txt
 	@"$(or $(PYTHON),python3)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("pruneutils needs Python 3.11 or newer, and %s is %d.%d; name another: make PYTHON=/path/to/python3.11" % ((sys.executable,) + sys.version_info[:2]))'
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
 	@touch $@

@@ -1,120 +1,47 @@
 """The explorer's notebook in JupyterLab in a real browser: all cells run, and the slider moves number and picture."""
 
-import contextlib
-import json
 import os
-import secrets
-import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+sys.path.append(str(ROOT / "docs"))
+
+import browser  # noqa: E402
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.timeout(240),
     pytest.mark.skipif(
-        CHROMIUM is None,
+        browser.CHROMIUM is None,
         reason="no Chromium found; `apt-get install -y chromium` (Debian) or `brew install --cask chromium` (macOS)",
     ),
 ]
 
-# what would cover the notebook, and what keeps cells out of sight out of the page
-SETTINGS = {
-    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
-        "fetchNews": "false",
-        "checkForUpdates": False,
-        "doNotDisturbMode": True,
-    },
-    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
-}
-RUN_ALL = """async () => {
-    const app = window.jupyterapp;
-    await app.restored;
-    const panel = app.shell.currentWidget;
-    await panel.context.ready;
-    await panel.sessionContext.ready;
-    await panel.sessionContext.session.kernel.info;
-    await app.commands.execute('notebook:run-all-cells');
-}"""
-
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """JupyterLab on loopback, with a copy of the notebook: its address."""
-    folder = tmp_path_factory.mktemp("lab")
-    shutil.copy(ROOT / "notebooks/sparsity_explorer.ipynb", folder)
-    for name, values in SETTINGS.items():
-        path = folder / "settings" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token = secrets.token_hex(16)
-    own = {"CONFIG_DIR": "config", "RUNTIME_DIR": "runtime", "DATA_DIR": "data"}
-    environment = {**os.environ, **{f"JUPYTER_{key}": str(folder / value) for key, value in own.items()}}
-    environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
-    environment |= {
-        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
-        "PRUNEUTILS_IMAGES": str(folder / "images"),
-    }
-    options = {"ServerApp.port": port, "ServerApp.port_retries": 0, "IdentityProvider.token": token}
-    options |= {"ServerApp.ip": "127.0.0.1", "ServerApp.root_dir": folder, "LabApp.expose_app_in_browser": True}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
-    command += [f"--{key}={value}" for key, value in options.items()]
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            assert server.poll() is None, (folder / "log").read_text()
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=5).close()
-                break
-            time.sleep(0.25)
-        yield f"{address}/lab/tree/sparsity_explorer.ipynb?token={token}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def page(lab):
+def page(tmp_path_factory):
     """The notebook in the browser after all of its cells have run."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-dev-shm-usage"]  # as root, and in containers with a small /dev/shm
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        page = browser.new_page(viewport={"width": 1400, "height": 1100})
-        page.set_default_timeout(60_000)
-        page.goto(lab)
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        page.evaluate(RUN_ALL)
+    with browser.notebook(ROOT / "notebooks/sparsity_explorer.ipynb", tmp_path_factory.mktemp("lab")) as page:
         yield page
-        browser.close()
 
 
 def state(page):
-    """What the panel shows: the slider's number, the text, and the picture's bytes."""
+    """What the panel shows: the slider's number, the text, and the bytes of curve and picture."""
     readout = page.locator(".widget-slider .widget-readout").inner_text()
     text = page.locator(".widget-html-content").first.inner_text()
-    picture = page.evaluate(
-        """async () => {
-            const image = await (await fetch(document.querySelector('img.widget-image').src)).arrayBuffer();
+    pictures = page.evaluate(
+        """async () => Promise.all(Array.from(document.querySelectorAll('img.widget-image'), async picture => {
+            const image = await (await fetch(picture.src)).arrayBuffer();
             const hash = await crypto.subtle.digest('SHA-256', image);
             return image.byteLength + ' ' + new Uint8Array(hash).join('.');
-        }"""
+        }))"""
     )
-    return readout, text, picture
+    assert len(pictures) == 2
+    return readout, text, *pictures
 
 
 def moved(page, before):
@@ -127,6 +54,19 @@ def moved(page, before):
         last = now
         page.wait_for_timeout(400)
     raise AssertionError(f"the panel did not follow the slider: {before} is now {last}")
+
+
+def in_the_kernel(page, code):
+    """Run code beside the notebook's own, and return what it prints."""
+    run = """async code => {
+        const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+        let said = '';
+        const future = kernel.requestExecute({ code });
+        future.onIOPub = message => { said += message.content.text || '' };
+        await future.done;
+        return said;
+    }"""
+    return page.evaluate(run, code).strip()
 
 
 def test_all_cells_run_without_an_error(page):
@@ -162,7 +102,57 @@ def test_keyboard_and_mouse_move_number_and_picture(page, tmp_path):
     assert dragged[1].split("%")[0] == f"{float(dragged[0].rstrip('%')):.2f}"
 
     page.get_by_text("on all 1,000 images").first.wait_for()  # in full, once the slider rests
+    before = state(page)[2]
+    browser.panel(page).locator("select").first.select_option(label="snip")
+    deadline, points = time.monotonic() + 60, "print({name: len(points) for name, points in panel._lines().items()})"
+    filled = "{'snip': 19, 'magnitude': 19}"  # in the background, and the earlier curve stays
+    while in_the_kernel(page, points) != filled and time.monotonic() < deadline:
+        page.wait_for_timeout(300)
+    assert in_the_kernel(page, points) == filled and state(page)[2] != before
+    browser.panel(page).locator("select").first.select_option(label="magnitude")
+    browser.panel(page).locator("code", has_text="magnitude").wait_for()
+
     folder = Path(os.environ.get("PRUNEUTILS_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=folder / "explorer.png")
     assert (folder / "explorer.png").stat().st_size > 50_000
+
+
+def focused(page):
+    """What has the focus: the kind of element, and the words that belong to it."""
+    return page.evaluate(
+        """() => {
+            const at = document.activeElement, box = at.closest('.jupyter-widgets');
+            return [at.getAttribute('role') || at.type || at.tagName, box ? box.innerText : ''];
+        }"""
+    )
+
+
+def test_every_control_is_reached_by_the_tab_key_and_the_code_can_be_copied(page):
+    browser.panel(page).locator("select").first.focus()
+    reached = [focused(page)]
+    for _ in range(6):
+        page.keyboard.press("Tab")
+        reached.append(focused(page))
+    kinds = [kind for kind, _ in reached]
+    assert kinds[:4] == ["select-one"] * 3 + ["slider"], reached
+    assert any("copy as code" in words for kind, words in reached if kind in ("button", "submit")), reached
+    assert any("Apply to the model" in words for kind, words in reached if kind in ("button", "submit")), reached
+    button = browser.panel(page).locator("button", has_text="copy as code")
+    button.focus()
+    page.keyboard.press("Enter")
+    browser.panel(page).locator("button", has_text="copied").wait_for()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith('masks = pu.prune(model, "magnitude", sparsity=') and copied.endswith('"weight")')
+    assert copied == browser.panel(page).locator("code").inner_text()
+
+
+def test_a_panel_that_has_gone_from_the_page_lets_go(page):
+    held = "print(panel._trial._twin is not None, panel.box._view_count)"
+    assert in_the_kernel(page, held) == "True 1"
+    page.evaluate("""async () => {
+        const app = window.jupyterapp;
+        await app.commands.execute('notebook:clear-all-cell-outputs');
+    }""")
+    page.wait_for_timeout(1500)
+    assert in_the_kernel(page, held) == "False 0"

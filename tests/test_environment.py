@@ -42,9 +42,10 @@ def constraints():
 
 def test_constraints_pin_every_dependency_within_its_bounds():
     pins = constraints()
-    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    extras = PROJECT["optional-dependencies"]
+    wanted = PROJECT["dependencies"] + extras["test"] + extras["docs"]
     for requirement in map(Requirement, wanted):
-        pinned = next(iter(pins[requirement.name].specifier))
+        pinned = next(iter(pins[requirement.name.lower()].specifier))
         assert pinned.operator == "=="
         assert pinned.version in requirement.specifier, requirement
 

@@ -185,6 +185,10 @@ PICTURES = {
         x="setting", **o),
     "scores": lambda **o: plots.score_distribution(SCORES, threshold=0.0, title="The pile at zero", **o),
     "scores, positive": lambda **o: plots.score_distribution(torch.arange(1.0, 500), 3.0, **o),
+    "kernels": lambda **o: plots.ranked_kernels(
+        {f"{n}x{n} ({i})": torch.full((n, n), 0.1 * (i + 1)) for i, n in enumerate((1, 3, 1, 3, 5, 1))}, **o),
+    "stuck threshold": lambda **o: plots.stuck_threshold(SCORES, 0.5, **o),
+    "threshold at the end": lambda **o: plots.stuck_threshold(SCORES, 0.999, **o),
 }  # fmt: skip
 
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import copy
+import gc
 import io
 import warnings
+import weakref
 
+import ipywidgets
 import numpy as np
 import pytest
 import torch
@@ -15,10 +18,10 @@ from PIL import Image
 from torch import nn
 
 import pruneutils as pu
-from pruneutils import widgets
+from pruneutils._masks.mask import MASKS
 from pruneutils.costs import cost
 from pruneutils.pruning import criteria, granularities
-from pruneutils.widgets import SparsityExplorer, sparsity_explorer
+from pruneutils.widgets import SparsityExplorer, explorer, sparsity_explorer, trial, words
 
 DATA = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
 
@@ -59,7 +62,7 @@ def equal(masks, others):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr(SparsityExplorer, "_show", lambda self: self._select())
+    monkeypatch.setattr(SparsityExplorer, "_show", lambda self, later=True: self._select())
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -95,7 +98,10 @@ def test_masks_are_those_of_prune_ties_included(
         assert bool(panel.ties) == bool(tied)
         if tied:
             assert f"{sum(panel.ties.values()):,} weights tie" in tied[0]
-        assert all(torch.equal(a, b) for a, b in zip(panel._twin.parameters(), twin.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(panel._trial.network(panel.masks).parameters(), twin.parameters(), strict=True)
+        )
     assert same(everything(model), before)
 
 
@@ -145,8 +151,8 @@ def test_moving_the_slider_redraws_picture_and_numbers():
         counted, price = pu.count(twin), cost(twin, DATA[0])
         assert f"<b>{counted.sparsity:.2%} pruned</b>: {counted.kept:,} of {counted.total:,}" in panel.text.value
         assert f"<b>accuracy {pu.accuracy(twin, DATA):.1%}</b> on 40 images" in panel.text.value
-        assert f"accumulates {widgets._si(price.sparse_macs)}</b> of {widgets._si(price.macs)}" in panel.text.value
-        assert f"on disk {widgets._si(price.sparse_bytes)}B" in panel.text.value
+        assert f"accumulates {words.si(price.sparse_macs)}</b> of {words.si(price.macs)}" in panel.text.value
+        assert f"on disk {words.si(price.sparse_bytes)}B" in panel.text.value
         pixels = np.asarray(Image.open(io.BytesIO(panel.image.value)))
         assert pixels.std() > 10
         seen.add(pixels.tobytes())
@@ -158,8 +164,8 @@ def test_moving_the_slider_redraws_picture_and_numbers():
 
 def test_accuracy_on_a_subset_first_then_in_full_and_kept(monkeypatch):
     model, evaluated = network(), []
-    function = widgets.accuracy
-    monkeypatch.setattr(widgets, "accuracy", lambda m, data: evaluated.append(len(data[1])) or function(m, data))
+    function = trial.accuracy
+    monkeypatch.setattr(trial, "accuracy", lambda m, data: evaluated.append(len(data[1])) or function(m, data))
     panel = sparsity_explorer(model, DATA, subset=10)
     assert evaluated == [10, 10]  # before, and as chosen
     assert "on 10 images" in panel.text.value
@@ -173,7 +179,7 @@ def test_accuracy_on_a_subset_first_then_in_full_and_kept(monkeypatch):
 
 
 def test_the_full_accuracy_comes_by_itself_where_an_event_loop_runs(monkeypatch):
-    monkeypatch.setattr(widgets, "_PAUSE", 0.0)
+    monkeypatch.setattr(explorer, "_PAUSE", 0.0)
     model = network()
 
     async def session():
@@ -187,16 +193,19 @@ def test_the_full_accuracy_comes_by_itself_where_an_event_loop_runs(monkeypatch)
     panel = asyncio.run(session())
     reached = pu.accuracy(pruned(model, panel)[2], DATA)
     assert f"accuracy {reached:.1%}</b> on all 40 images" in panel.text.value
-    assert set(panel._full) == {None, ("magnitude", 0.8, "global", "weight")}  # 0.7 did not stand
+    in_full = {choice for choice, full in panel._trial.reached if full}
+    assert in_full == {trial.UNPRUNED, panel.choice}  # 0.7 did not stand
+    curve = {choice.sparsity for choice, full in panel._trial.reached if not full}
+    assert curve >= set(explorer._PLACES)
 
 
 def test_apply_prunes_the_model_and_the_slider_cannot_go_back():
     model = network()
     panel = sparsity_explorer(model, DATA, sparsity=0.8, scope="layer")
     masks, _, twin = pruned(model, panel)
-    before = {name: weight.clone() for name, weight in panel._ghost.items()}
+    before = {name: weight.clone() for name, weight in panel._trial.ghost.items()}
     panel.button.click()
-    assert all(torch.equal(panel._ghost[name], before[name]) for name in before)  # the pale histogram stays
+    assert all(torch.equal(panel._trial.ghost[name], before[name]) for name in before)  # the pale histogram stays
     assert equal(pu.get_masks(model), masks)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert panel.slider.min == pytest.approx(pu.count(model).sparsity)
@@ -232,8 +241,8 @@ def test_collapse_and_ties_light_up():
     collapsed = panel.image.value
     assert "▲" not in sparsity_explorer(network(), DATA).text.value
     lit = [tied, collapsed, sparsity_explorer(network(), DATA).image.value]
-    assert [count_pixels(png, widgets._TIE) > 50 for png in lit] == [True, False, False]
-    assert [count_pixels(png, widgets._ALARM) > 50 for png in lit] == [False, True, False]
+    assert [count_pixels(png, words.TIE) > 50 for png in lit] == [True, False, False]
+    assert [count_pixels(png, words.ALARM) > 50 for png in lit] == [False, True, False]
 
 
 def count_pixels(png, colour):
@@ -289,10 +298,10 @@ def test_any_kind_of_data(undrawn):
     for data in (DATA, pairs, iter(pairs), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*DATA), 8)):
         panel = sparsity_explorer(model, data, subset=12)
         assert len(panel.scoring_data[1]) == 12
-        for _ in panel._evaluate():
+        for _ in panel._in_full():
             pass
-        expected = expected or panel._full
-        assert panel._full == expected
+        expected = expected or panel._trial.reached
+        assert panel._trial.reached == expected
     with pytest.raises(ValueError, match="no sample"):
         sparsity_explorer(model, [])
 
@@ -315,3 +324,183 @@ def test_masks_on_a_gpu_are_those_of_the_cpu(undrawn):
     panels = [sparsity_explorer(network().to(device), DATA, sparsity=0.7) for device in ("cpu", "cuda")]
     cpu, gpu = (panel.masks for panel in panels)
     assert all(mask.is_cuda and torch.equal(mask.cpu(), cpu[name]) for name, mask in gpu.items())
+
+
+# --- The curve, and what a reader takes along ------------------------------------------------------------------------
+
+
+def test_the_curve_is_what_prune_gives_at_each_place_and_earlier_ones_stay():
+    model = network()
+    panel = sparsity_explorer(model, DATA, sparsity=0.55)
+    places = (0.2, 0.5, 0.9)
+    curve = panel.curve(places)
+    assert list(curve["sparsity"]) == list(places) and set(curve["method"]) == {"magnitude"}
+    for row in curve.itertuples():
+        twin = copy.deepcopy(model)
+        pu.prune(twin, "magnitude", row.sparsity)
+        assert row.accuracy == pu.accuracy(twin, DATA)
+    before = panel.course.value
+    panel.scope.value = "layer"
+    assert set(panel._lines()) == {"magnitude", "magnitude, layer"} and panel.course.value != before
+    assert len(panel._lines()["magnitude"]) == 3
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_the_mark_of_a_collapse_is_where_prune_empties_a_layer(scope, granularity):
+    def empties(sparsity):
+        twin = copy.deepcopy(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            masks = pu.prune(twin, "magnitude", sparsity, scope, granularity)
+        return any(not mask.any() for mask in masks.values())
+
+    model = network()
+    with torch.no_grad():
+        model[3].weight.mul_(0.3)
+    panel = sparsity_explorer(model, DATA, scope=scope, granularity=granularity)
+    panel.curve(())
+    place = panel._trial.collapse(panel.choice)
+    if place is None:
+        assert not empties(0.999)
+    else:
+        assert empties(place) and not empties(place - 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"criterion": "magnitude", "sparsity": 0.7}, {}),
+        ({"criterion": "snip", "scope": "layer"}, {"exclude": ["0"], "seed": 3}),
+        ({"criterion": "random", "granularity": "kernel", "scope": "erk"}, {"seed": 3}),
+    ],
+)
+def test_the_code_shown_gives_the_masks_shown(settings, options):
+    model = network()
+    panel = sparsity_explorer(model, DATA, **settings, **options)
+    panel.recalibrated.value = True
+    names = {"pu": pu, "model": copy.deepcopy(model), "batch": panel.scoring_data}
+    exec(panel.code, names)
+    assert equal(names["masks"], panel.masks)
+    assert pu.accuracy(names["model"], DATA) == panel.accuracy()
+    assert words.html.escape(panel.code) in panel._code.value and "<button" in panel._code.value
+
+
+def test_code_of_functions_and_objects_names_them():
+    def mine(model, data):
+        return {name: weight.abs() for name, weight in pu.prunable_weights(model).items()}
+
+    panel = sparsity_explorer(network(), DATA, criterion=mine, granularity=pu.Block(2, 1))
+    names = {"pu": pu, "mine": mine, "model": network(), "batch": DATA}
+    exec(panel.code, names)
+    assert equal(names["masks"], panel.masks)
+    fixed = sparsity_explorer(
+        nn.Sequential(nn.Linear(8, 3)), (torch.randn(9, 8), torch.arange(9) % 3), granularity="2:4"
+    )
+    assert fixed.code == 'masks = pu.prune(model, "magnitude", granularity="2:4")'
+
+
+def test_recalibrated_accuracy_is_that_of_recalibrate_and_can_be_switched_off():
+    model = network()
+    model.train()(DATA[0])
+    panel = sparsity_explorer(model, DATA, sparsity=0.6)
+    plain = panel.accuracy()
+    panel.recalibrated.value = True
+    twin = copy.deepcopy(model)
+    pu.prune(twin, sparsity=0.6)
+    pu.recalibrate(twin, DATA[0])
+    assert panel.accuracy() == pu.accuracy(twin, DATA) and "recal." in next(iter(panel._lines()))
+    panel.recalibrated.value = False
+    assert panel.accuracy() == plain
+    assert sparsity_explorer(network(batch_norm=False), DATA).recalibrated.disabled
+
+
+def test_an_error_beside_the_panel_is_told_on_it(monkeypatch):
+    monkeypatch.setattr(explorer, "_PAUSE", 0.0)
+    broken = (DATA[0], DATA[1].clone())
+    model = network()
+
+    async def session():
+        panel = sparsity_explorer(model, broken, subset=10)
+        monkeypatch.setattr(trial, "accuracy", lambda *_: (_ for _ in ()).throw(RuntimeError("out of <memory>")))
+        await asyncio.wait_for(panel._task, 30)
+        return panel
+
+    panel = asyncio.run(session())
+    assert "RuntimeError: out of &lt;memory&gt;" in panel.text.value and "pruned" in panel.text.value
+
+
+def test_large_networks_are_evaluated_after_the_picture_and_not_before(monkeypatch):
+    monkeypatch.setattr(trial, "images_at_a_time", lambda macs: 8)
+    monkeypatch.setattr(explorer, "_PAUSE", 0.0)
+
+    async def session():
+        panel = sparsity_explorer(network(), DATA)
+        seen = [panel.text.value]
+        await asyncio.wait_for(panel._task, 30)
+        return [*seen, panel.text.value]
+
+    first, last = asyncio.run(session())
+    assert "accuracy …" in first and "on all 40 images" in last
+
+
+def test_many_layers_with_long_names_stay_legible():
+    names = [
+        f"encoder.stages.{stage}.blocks.{block}.attention.output.dense" for stage in range(5) for block in range(10)
+    ]
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64) for _ in names))
+    panel = sparsity_explorer(model, (DATA[0], DATA[1]), sparsity=1.0)
+    assert "and 45 more" in panel.text.value and panel.text.value.count("<br>") < 8
+    short = pu.plots.panel.shortened(names)
+    assert max(map(len, short)) == 34 and len(set(short)) == 50
+    apart_in_the_middle = ["a" * 40 + "x" + "b" * 40, "a" * 40 + "y" + "b" * 40]
+    assert pu.plots.panel.shortened(apart_in_the_middle) == apart_in_the_middle
+
+
+# --- What is left behind ---------------------------------------------------------------------------------------------
+
+
+def living():
+    """Widgets, masks and copies of the model that are alive."""
+    gc.collect()
+    copies = sum(1 for thing in gc.get_objects() if type(thing) is nn.Sequential)
+    return len(ipywidgets.widgets.widget._instances), len(MASKS), copies
+
+
+@pytest.mark.parametrize("ending", ["deleted", "closed", "shown and gone from the page", "shown and closed"])
+def test_panels_leave_nothing_behind(ending, monkeypatch):
+    model, draw = network(), explorer.png
+    sparsity_explorer(model, DATA).close()  # what is made once stays: matplotlib's fonts, scores of torch's warnings
+    before, drawn = living(), SparsityExplorer._draw
+    for i in range(98 if ending == "deleted" else 10):
+        monkeypatch.setattr(explorer, "png", lambda figure, i=i: b"" if i % 10 else draw(figure))
+        monkeypatch.setattr(SparsityExplorer, "_draw", lambda self, f, s, i=i: f if i % 10 else drawn(self, f, s))
+        panel = sparsity_explorer(model, DATA, sparsity=0.5)
+        if i % 10 == 0:
+            panel.slider.value = 0.8
+            panel.curve((0.3, 0.6))
+        if "shown" in ending:
+            assert "application/vnd.jupyter.widget-view+json" in panel._repr_mimebundle_()
+            panel.box._view_count = 1
+        if ending == "shown and gone from the page":
+            panel.box._view_count = 0
+            assert panel._trial._twin is None
+        if "closed" in ending:
+            panel.close()
+            assert panel.masks is None
+    del panel
+    assert living() == before
+
+
+def test_a_panel_that_is_on_the_page_stays_and_one_that_comes_back_goes_on():
+    panel = sparsity_explorer(network(), DATA, sparsity=0.5)
+    panel._repr_mimebundle_()
+    box, reference = panel.box, weakref.ref(panel)
+    del panel
+    gc.collect()
+    assert reference() is not None
+    box._view_count = 1
+    panel = reference()
+    box._view_count = 0
+    panel.slider.value = 0.9
+    assert panel.masks.sparsity == pytest.approx(0.9, abs=0.01) and "90." in panel.text.value

@@ -62,23 +62,46 @@ def shares_at_the_right(ax: Axes, shares: dict[int, float], style: Style) -> Non
         ax.text(1, row, percent(share), transform=place, color=ink, fontsize=8, va="center")
 
 
-def _frame(ax, layers, style, title):
-    """What both forms share: rows with names at the left and shares at the right."""
-    lit = [row for row, layer in enumerate(layers) if not layer.kept]
+def frame(ax: Axes, layers: list, style: Style, title: str, kind: str) -> None:
+    """Draw what stays while masks change: rows with their names, the axis below and what it says."""
+    n, limit = len(layers), max(layer.limit for layer in layers)
     dress(ax, style, title, grid="x")
-    ax.set_ylim(len(layers) - 0.5, -0.5)
-    shown = rows_with_names(ax, [layer.layer for layer in layers], lit, style)
-    limit = max(layer.limit for layer in layers)
-    shares_at_the_right(ax, {row: layers[row].kept / layers[row].total for row in shown}, style)
+    ax.set_ylim(n - 0.5, -0.5)
+    rows_with_names(ax, [layer.layer for layer in layers], empty_rows(layers), style)
     ax.spines["left"].set_visible(False)
-    ghost = "" if layers[0].before is None else "; {}: before pruning"
-    return limit, lit, "weight value (share kept at the right" + ghost + ")"
+    ghost = "" if layers[0].before is None else f"; {'pale' if kind == 'ridge' else 'grey'}: before pruning"
+    note = f"weight value (share kept at the right{ghost})\n"
+    if kind == "ridge":
+        note += "height: weights per bin, relative to the layer's fullest bin"
+        ax.set(xlim=(-limit, limit), ylim=(n - 0.4, 0.4 - _OVERLAP), xlabel=note)
+    else:
+        stronger = "darker" if style.name == "light" else "brighter"
+        note += f"{stronger}: more weights per bin, relative to the layer's fullest bin"
+        ax.set(xlim=(-limit, limit), xlabel=note)
+
+
+def empty_rows(layers: list) -> list[int]:
+    """Return the rows of layers that have lost all of their weights: their names light up."""
+    return [row for row, layer in enumerate(layers) if not layer.kept]
+
+
+def content(ax: Axes, layers: list, style: Style, kind: str) -> None:
+    """Draw what changes with the masks into a `frame`: the histograms and the shares kept."""
+    (fill_ridges if kind == "ridge" else fill_heat_map)(ax, layers, style)
+    shown = [int(row) for row in ax.get_yticks()]
+    shares_at_the_right(ax, {row: layers[row].kept / layers[row].total for row in shown}, style)
 
 
 def ridges(ax: Axes, layers: list, style: Style, title: str) -> Axes:
     """Draw the histograms one above the other, the first layer on top."""
-    n = len(layers)
-    limit, lit, note = _frame(ax, layers, style, title)
+    frame(ax, layers, style, title, "ridge")
+    content(ax, layers, style, "ridge")
+    return ax
+
+
+def fill_ridges(ax: Axes, layers: list, style: Style) -> None:
+    """Draw the histograms themselves."""
+    n, limit, lit = len(layers), max(layer.limit for layer in layers), empty_rows(layers)
     polygons, faces, inks = [], [], []
     for row, (layer, color) in enumerate(zip(layers, style.ordered(n))):
         edges = np.clip(layer.edges.astype(float), -layer.limit, layer.limit)
@@ -95,15 +118,18 @@ def ridges(ax: Axes, layers: list, style: Style, title: str) -> Axes:
     floors = [[(-limit, row + 0.5), (limit, row + 0.5)] for row in range(n)]
     inks = [style.alarm if row in lit else style.grid for row in range(n)]
     ax.add_collection(LineCollection(floors, colors=inks, linewidths=0.8, zorder=1.5), autolim=False)
-    note = f"{note.format('pale')}\nheight: weights per bin, relative to the layer's fullest bin"
-    ax.set(xlim=(-limit, limit), ylim=(n - 0.4, 0.4 - _OVERLAP), xlabel=note)
-    return ax
 
 
 def heat_map(ax: Axes, layers: list, style: Style, title: str) -> Axes:
     """Draw a row of colours for each layer, the first one on top: the stronger, the more weights are there."""
-    n = len(layers)
-    limit, lit, note = _frame(ax, layers, style, title)
+    frame(ax, layers, style, title, "heatmap")
+    content(ax, layers, style, "heatmap")
+    return ax
+
+
+def fill_heat_map(ax: Axes, layers: list, style: Style) -> None:
+    """Draw the rows of colours themselves."""
+    n, limit = len(layers), max(layer.limit for layer in layers)
     at = (np.arange(_COLUMNS) + 0.5) * (2 * limit / _COLUMNS) - limit
     kept, ghost = np.zeros((n, _COLUMNS)), np.zeros((n, _COLUMNS))
     for row, layer in enumerate(layers):
@@ -120,8 +146,5 @@ def heat_map(ax: Axes, layers: list, style: Style, title: str) -> Axes:
     share = np.minimum(1, 4 * kept)[..., None]  # where little is kept the pale colour shines through
     image = (1 - share) * pale + share * ramp(kept)[..., :3]
     ax.imshow(image, extent=(-limit, limit, n - 0.5, -0.5), aspect="auto", interpolation="nearest", zorder=0.5)
-    for row in lit:
+    for row in empty_rows(layers):
         ax.plot([-limit, limit], [row, row], color=style.alarm, linewidth=min(1.0, 120 / n))
-    note = f"{note.format('grey')}\ndarker: more weights per bin, relative to the layer's fullest bin"
-    ax.set(xlim=(-limit, limit), xlabel=note if style.name == "light" else note.replace("darker", "brighter"))
-    return ax

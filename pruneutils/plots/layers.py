@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 
 from .flat import aside, columns_with_names, rows_with_names, shares_at_the_right
 from .look import WIDTH, Style, contrast, dress, picture
@@ -72,9 +73,17 @@ def draw_bars(ax: Axes, density: np.ndarray, style: Style, hatched: bool = True)
     """Draw a bar for each row, and light up the rows without a weight."""
     n, empty = len(density), density == 0
     rows = np.arange(n)
-    ax.barh(rows, density, height=0.72, color=style.ordered(n))
+    if n > 24:  # one collection for all: a patch for each takes longer to make than to draw
+        corners = [
+            [(0, row - 0.36), (share, row - 0.36), (share, row + 0.36), (0, row + 0.36)]
+            for row, share in enumerate(density)
+        ]
+        ax.add_collection(PolyCollection(corners, facecolors=style.ordered(n), zorder=1), autolim=False)
+    else:
+        ax.barh(rows, density, height=0.72, color=style.ordered(n))
     lit = {"facecolor": "none", "hatch": "////"} if hatched else {"facecolor": style.alarm, "alpha": 0.4}
-    ax.barh(rows[empty], np.ones(empty.sum()), height=0.72, edgecolor=style.alarm, **lit)
+    if empty.any():
+        ax.barh(rows[empty], np.ones(empty.sum()), height=0.72, edgecolor=style.alarm, **lit)
     ax.xaxis.set_major_formatter(EachPercent())
     ax.xaxis.set_major_locator(RoundTicks(6))
 

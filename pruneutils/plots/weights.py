@@ -112,6 +112,7 @@ class BinnedWeights:
 
     def __init__(self, weights: Mapping[str, torch.Tensor]):
         self._layers = []  # name, bins, edges, counts of all, counts of those that are not zero, limit
+        self._last: dict[str, tuple[torch.Tensor, np.ndarray]] = {}  # by name: the mask counted last, and its counts
         values = {name: flat(weight, name) for name, weight in weights.items()}
         limits = {name: _reach(value) for name, (value, _) in values.items()}
         widest = max(limits.values()) or 1.0
@@ -125,11 +126,26 @@ class BinnedWeights:
         """Count what masks keep; in a layer without one, the weights that are not zero."""
         rows = []
         for name, bins, edges, everything, not_zero, limit in self._layers:
-            keep = masks[name].reshape(-1).cpu() if name in masks else None
-            counts = not_zero if keep is None else _count(bins, keep, len(everything))
+            counts = not_zero if name not in masks else self._kept(name, bins, masks[name], len(everything))
             ghost = everything if before else None
             rows.append(LayerHistogram(layer_name(name), edges, counts, ghost, limit, bins.numel()))
         return rows
+
+    def _kept(self, name, bins, mask, n) -> np.ndarray:
+        """Count what a mask keeps, from what has changed since the last one if that is little."""
+        keep = mask.detach().reshape(-1).cpu()
+        last, counts = self._last.get(name, (None, None))
+        changed = None if last is None else keep.numpy() != last.numpy()
+        n_changed = bins.numel() if last is None else np.count_nonzero(changed)
+        if n_changed > bins.numel() // 16:
+            counts = _count(bins, keep, n)
+        elif n_changed:
+            places = np.flatnonzero(changed)
+            came = keep.numpy()[places]
+            moves = np.bincount(bins.numpy()[places] + n * came.astype(np.int64), minlength=2 * n)
+            counts = counts + moves[n:] - moves[:n]
+        self._last[name] = keep, counts
+        return counts
 
 
 def flat(tensor, name: str) -> tuple[torch.Tensor, tuple[float, ...]]:

@@ -6,6 +6,7 @@ where many selections follow.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -21,6 +22,12 @@ class Ranking:
     removed: torch.Tensor  # (units,) weights that are removed with a unit and all before it
     expand: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]  # by name: from a unit mask to the weight's mask
     n_gone: int  # weights that were pruned already
+
+    @cached_property
+    def last(self) -> list[int]:
+        """The position of the last unit of each weight: it is empty where more units than that go."""
+        parts = self.ranks.split([torch.Size(shape).numel() for shape in self.shapes.values()])
+        return [int(part.max()) for part in parts]
 
     def cut(self, k: int) -> int:
         """Compute how many units go so that the number of weights pruned in all is nearest to `k`."""

@@ -1,0 +1,268 @@
+"""Build the site into build/site: `make docs`, or `python docs/build.py [--frames N]`.
+
+Gathers the pages in build/docs: README as the front page, the notebooks as they are stored, the API from the
+docstrings, the results from results/, and an explorer of recorded frames. Then runs mkdocs on them, strictly.
+"""
+
+import argparse
+import html
+import inspect
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+import pruneutils as pu
+
+ROOT = Path(__file__).resolve().parent.parent
+CRITERIA = ("magnitude", "snip", "synflow")
+_SHOWN = 60  # runs of a study
+ROOMS = ("data", "models", "plots", "widgets", "experiments", "statistics", "notebook")
+
+
+def main() -> None:
+    """Gather the pages and build the site."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")  # mkdocs is strict about these
+    logging.getLogger("traitlets").setLevel(logging.ERROR)  # pictures without a description get one below
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=40, help="sparsities that the explorer shows, for each criterion")
+    parser.add_argument("--output", type=Path, default=ROOT / "build", help="gets the folders docs and site")
+    arguments = parser.parse_args()
+    pages, site = arguments.output / "docs", arguments.output / "site"
+    for folder in (pages, site):
+        shutil.rmtree(folder, ignore_errors=True)
+    (pages / "notebooks").mkdir(parents=True)
+    shutil.copytree(ROOT / "images", pages / "images")
+    shutil.copy(ROOT / "docs/pruneutils.css", pages)
+    (pages / "index.md").write_text(front_page())
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        (pages / "notebooks" / path.name).write_text(json.dumps(for_the_site(json.loads(path.read_text()))))
+    (pages / "notebooks/index.md").write_text(notebooks_page())
+    (pages / "api.md").write_text(api_page())
+    (pages / "results.md").write_text(results_page())
+    (pages / "explorer.md").write_text(explorer_page(pages / "frames", arguments.frames))
+
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    nav = [
+        {"Home": "index.md"},
+        {"Explorer": "explorer.md"},
+        {"Notebooks": [{"By question": "notebooks/index.md"}, *[f"notebooks/{name}.ipynb" for name in order()]]},
+        {"API": "api.md"},
+        {"Results": "results.md"},
+    ]
+    build(load_config(str(ROOT / "docs/mkdocs.yml"), nav=nav, docs_dir=str(pages), site_dir=str(site)))
+    for page in (site / "notebooks").glob("*.html"):
+        describe_pictures(page)
+    print(f"{site}: {sum(1 for _ in site.rglob('*.html'))} pages")
+
+
+# --- Words -----------------------------------------------------------------------------------------------------------
+
+
+def readme() -> str:
+    """Return README.md."""
+    return (ROOT / "README.md").read_text()
+
+
+def front_page() -> str:
+    """Return README with links that work on the site; what is no page here is named and not linked."""
+    text = readme().replace("(notebooks/README.md)", "(notebooks/index.md)")
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#|images/|notebooks/)[^)]+\)", r"\1", text)
+
+
+def order() -> list[str]:
+    """Return the names of the notebooks in README's order."""
+    return re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\) \|", readme(), flags=re.M)
+
+
+def notebooks_page() -> str:
+    """Return the index of the notebooks, by question and with pictures, as it is kept beside them."""
+    return (ROOT / "notebooks/README.md").read_text()
+
+
+def for_the_site(notebook: dict) -> dict:
+    """Return a stored notebook with links to pages, and with formulas as MathML instead of TeX for a script."""
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            source = linked(source)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            data.pop("application/vnd.jupyter.widget-view+json", None)  # there is no kernel here
+            if "text/markdown" in data:
+                data["text/markdown"] = linked("".join(data["text/markdown"]))
+        cell["source"] = source
+    return notebook
+
+
+def describe_pictures(page: Path) -> None:
+    """Name the section of each picture that code has drawn, in a notebook's page: nbconvert does not describe it."""
+    section, parts = "", re.split(r"(<h[1-6][^>]*>.*?</h[1-6]>)", page.read_text(), flags=re.S)
+    for i, part in enumerate(parts):
+        if i % 2:
+            section = html.escape(re.sub(r"<[^>]+>|¶|&para;", "", part).strip(), quote=True)
+        said = f'alt="Picture drawn by the code above it, in the section: {section}"'
+        parts[i] = part.replace('alt="No description has been provided for this image"', said)
+    page.write_text("".join(parts))
+
+
+def linked(text: str) -> str:
+    """Return markdown of a notebook with links to pages and formulas as MathML."""
+    from latex2mathml.converter import convert
+
+    text = re.sub(r"\((\w+)\.ipynb(#[^)]*)?\)", r"(\1.html\2)", text)
+    text = re.sub(r"(\]\([\w.]*#)([^)]*)\)", lambda found: f"{found[1]}{slug(found[2])})", text)
+    text = re.sub(r"\$\$(.+?)\$\$", lambda found: convert(found[1], display="block"), text, flags=re.S)
+    parts = re.split(r"(`[^`]*`)", text)  # dollars in code are dollars
+    parts[::2] = [re.sub(r"\$([^$\n]+)\$", lambda found: convert(found[1]), part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def slug(heading: str) -> str:
+    """Return the name that the site gives a heading; JupyterLab's keeps capitals and punctuation."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()).strip("-")
+
+
+# --- The API ---------------------------------------------------------------------------------------------------------
+
+
+def api_page() -> str:
+    """Return a page with every public name and its docstring."""
+    plain = [name for name in pu.__all__ if name not in ROOMS]
+    text = "# API\n\n`import pruneutils as pu`. "
+    text += "Names of the package first, then its rooms: " + ", ".join(f"[pu.{r}](#{r})" for r in ROOMS) + ".\n"
+    text += "\n## pruneutils { #pruneutils-names }\n\n"
+    text += "".join(f"::: pruneutils.{name}\n\n" for name in plain)
+    for room in ROOMS:
+        module = getattr(pu, room)
+        text += f"\n## pu.{room} {{ #{room} }}\n\n{inspect.getdoc(module).splitlines()[0]}\n\n"
+        text += "".join(f"::: {module.__name__}.{name}\n\n" for name in names_of(module))
+    return text
+
+
+def names_of(module) -> list[str]:
+    """Return the public names of a room that have a docstring of their own."""
+    names = getattr(module, "__all__", None) or [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
+    return [name for name in names if callable(getattr(module, name))]
+
+
+# --- The results -----------------------------------------------------------------------------------------------------
+
+
+def results_page() -> str:
+    """Return a page with what is recorded in results/: the studies, and the runs of each."""
+    folders = [path for path in sorted((ROOT / "results").iterdir()) if any(path.glob("*.json"))]
+    rows, parts = [], []
+    for folder in folders:
+        frame = pu.experiments.load(folder)
+        done = frame[frame.status == "done"]
+        runs = done.drop_duplicates("run_time", keep="last")
+        rows.append(
+            {
+                "study": f"[{folder.name}](#{folder.name})",
+                "runs": len(runs),
+                "seeds": done.seed.nunique() if "seed" in done else "",
+                "data": told(done, "data"),
+                "device": told(done, "run_device"),
+                "hours": f"{runs.run_seconds.sum() / 3600:.1f}",
+                "commit": told(done, "run_commit"),
+            }
+        )
+        own = [c for c in runs.columns if not c.startswith("run_") and runs[c].map(pd.api.types.is_scalar).all()]
+        own = [c for c in own if runs[c].nunique() > 1] or own
+        shown = runs[own].tail(_SHOWN)
+        parts.append(f"\n## {folder.name} {{ #{folder.name} }}\n\n{len(shown)} of {len(runs)} runs; of runs that have ")
+        parts.append(f"several rows, the last one.\n\n{table(shown)}\n")
+    head = "# Results\n\nWhat is recorded in `results/`, written only by the experiment runner; the notebooks draw "
+    return head + "their pictures from these rows.\n\n" + table(pd.DataFrame(rows)) + "\n" + "".join(parts)
+
+
+def told(frame, column) -> str:
+    """Return the different values of a column."""
+    return ", ".join(map(str, frame[column].dropna().unique()[:4])) if column in frame else ""
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Return a frame as a table in markdown."""
+    rows = [[f"{v:.4g}" if isinstance(v, float) else str(v).replace("|", "\\|") for v in row] for row in frame.values]
+    lines = [[*map(str, frame.columns)], ["---"] * len(frame.columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+# --- The explorer ----------------------------------------------------------------------------------------------------
+
+
+def explorer_page(folder: Path, n: int) -> str:
+    """Record the panel for three criteria at `n` sparsities, and return a page whose slider shows these frames."""
+    from record import trained_panel
+
+    folder.mkdir(parents=True)
+    places = [round(i / (n - 1) * 0.99, 3) for i in range(n)]
+    panel, said = trained_panel(), {}
+    for criterion in CRITERIA:
+        panel.criterion.value = criterion
+        panel.curve()
+    for criterion in CRITERIA:
+        panel.criterion.value = criterion
+        for i, place in enumerate(places):
+            panel.slider.value = place
+            image = panel.frame("light", slider=False)
+            image = image.resize((1080, round(image.height * 1080 / image.width)))
+            image.save(folder / f"{criterion}_{i}.webp", quality=70, method=2)
+            lines = re.sub(r"<[^>]+>", " ", panel.text.value.replace("<br>", "; "))
+            said[f"{criterion}_{i}"] = re.sub(r"\s+", " ", lines).strip()
+    radios = "".join(
+        f'<label><input type="radio" name="criterion" value="{name}"{" checked" if name == CRITERIA[0] else ""}> {name}'
+        "</label>"
+        for name in CRITERIA
+    )
+    start = max(i for i, place in enumerate(places) if place <= 0.9)
+    return f"""# Sparsity explorer
+
+This is a recording of [the explorer](notebooks/sparsity_explorer.ipynb) on LeNet-300-100, trained for six epochs on the
+embedded digits: three criteria at {n} sparsities. In a notebook the same panel takes any network, and every choice.
+
+<div class="explorer" data-frames="{n}">
+<fieldset><legend>criterion</legend>{radios}</fieldset>
+<label for="sparsity">sparsity <output id="said" for="sparsity">{places[start]:.1%}</output></label><br>
+<input type="range" id="sparsity" min="0" max="{n - 1}" step="1" value="{start}" aria-valuetext="{places[start]:.1%}">
+<img id="frame" width="1080" src="frames/{CRITERIA[0]}_{start}.webp" alt="{said[f"{CRITERIA[0]}_{start}"]}">
+</div>
+
+<script>
+(() => {{
+  const places = {json.dumps(places)}, said = {json.dumps(said)};
+  const slider = document.getElementById("sparsity"), image = document.getElementById("frame");
+  const kept = {{}};
+  const load = key => kept[key] ??= Object.assign(new Image(), {{ src: `frames/${{key}}.webp` }});
+  const show = () => {{
+    const key = document.querySelector("input[name=criterion]:checked").value + "_" + slider.value;
+    const told = (100 * places[slider.value]).toFixed(1) + "%";
+    image.src = load(key).src;
+    image.alt = said[key];
+    document.getElementById("said").textContent = told;
+    slider.setAttribute("aria-valuetext", told);
+    for (const near of [-1, 1, 2]) {{
+      const next = Math.min(Math.max(+slider.value + near, 0), places.length - 1);
+      load(key.replace(/\\d+$/, next));
+    }}
+  }};
+  slider.addEventListener("input", show);
+  document.querySelectorAll("input[name=criterion]").forEach(radio => radio.addEventListener("change", show));
+  show();
+}})();
+</script>
+"""
+
+
+if __name__ == "__main__":
+    main()

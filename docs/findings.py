@@ -1,0 +1,207 @@
+"""Write *What we found* of README from the records in results/: `make findings`, again whenever records have grown.
+
+Each finding is a function that computes its sentence, with an interval, from the largest size recorded; it returns None
+as long as too little is recorded. README has the first five that say something. A test holds README to what this
+computes.
+"""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+import pruneutils as pu
+from pruneutils import studies
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN = "<!-- findings: written by `make findings` from the records in results/ -->\n"
+END = "<!-- end of findings -->"
+_FEWEST = 5  # seeds
+
+FINDINGS: list[tuple[str, Callable[[], str | None]]] = []
+
+
+def finding(notebook: str) -> Callable:
+    """Register a finding of a notebook; those registered first come first."""
+
+    def register(function):
+        FINDINGS.append((notebook, function))
+        return function
+
+    return register
+
+
+def recorded(name: str) -> pd.DataFrame | None:
+    """Return the finished runs of the largest size recorded, None if there are none."""
+    with contextlib.redirect_stdout(io.StringIO()):  # what it says to do is for notebooks
+        frames = pu.notebook.recorded(name)
+    return list(frames.values())[-1] if frames else None
+
+
+def interval(row: pd.Series, form: str = "{:.1f}", scale: float = 100) -> str:
+    """Write a mean of `statistics.summary` with its interval: 2.1 % [2.0, 2.2]."""
+    mean, low, high = (form.format(scale * row[name]) for name in ("mean", "low", "high"))
+    return f"{mean} % [{low}, {high}]"
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a longer answer."""
+    head, dot, _ = text.partition(". ")
+    return head + dot.strip()
+
+
+@finding("gradual_pruning")
+def several_prunings() -> str | None:
+    """Several prunings against one, at the target that most runs have."""
+    frame = recorded("gradual_pruning")
+    if frame is None or frame.seed.nunique() < _FEWEST:
+        return None
+    target = frame.target.mode().iloc[0]
+    told = first_sentence(studies.tell_prunings(frame, target))
+    return f"**Several prunings or one?** {told} (mean paired difference, {frame.seed.nunique()} seeds, {on(frame)})."
+
+
+@finding("pruning_at_initialization")
+def better_than_random() -> str | None:
+    """The criteria before training against random pruning."""
+    frame = recorded("pruning_at_initialization")
+    if frame is None:
+        return None
+    runs = studies.after_equal_epochs(studies.with_all_layers(frame))
+    chosen = runs[(runs.control == "none") & (runs.compression == 1)] if len(runs) else runs
+    if chosen.empty or chosen.seed.nunique() < _FEWEST:
+        return None
+    rows = studies.answers(chosen, "is it better than random?")
+    told = "; ".join(studies.in_words(row) for _, row in rows.iterrows())
+    return f"**Before training, with 10 % of the weights:** {told} ({chosen.seed.nunique()} seeds, {on(chosen)})."
+
+
+@finding("grasp_threshold_debug")
+def threshold_sticks() -> str | None:
+    """What the published rule removes, whatever it is asked for."""
+    frame = recorded("grasp_thresholds")
+    if frame is None or frame.seed.nunique() < _FEWEST:
+        return None
+    cut = frame[(frame.rule == "highest go") & (frame.target <= 0.97)]
+    runs = cut.groupby(["target", "seed"])[["before", "after", "zeros"]].sum().reset_index()
+    runs = runs.assign(removed=1 - runs.after / runs.before, zero=runs.zeros / runs.before)
+    removed = pu.statistics.summary(runs, by="target", value="removed").set_index("target")
+    asked = " as for ".join(percent(target, 0) for target in removed.index)
+    same = removed["mean"].nunique() == 1
+    told = (
+        interval(removed.iloc[0], "{:.2f}")
+        if same
+        else " and ".join(interval(r, "{:.2f}") for _, r in removed.iterrows())
+    )
+    return (
+        f"**A threshold cannot divide ties.** Asked for {asked}, the published GraSP rule removes {told} of the "
+        f"weights of a ResNet-10, since {percent(runs.zero.mean())} of the scores are exactly zero "
+        f"({frame.seed.nunique()} seeds, {on(frame)})."
+    )
+
+
+@finding("grasp_threshold_debug")
+def batches_disagree() -> str | None:
+    """How much two batches agree on GraSP's highest scores."""
+    frame = recorded("grasp_agreement")
+    if frame is None or frame.seed.nunique() < _FEWEST:
+        return None
+    (row,) = pu.statistics.summary(frame.assign(all="all"), by="all", value="overlap").to_dict("records")
+    return (
+        "**GraSP depends on its batch.** Of the 5 % of weights that score highest on one batch, another batch of the "
+        f"same size has {interval(row, '{:.0f}')} among its own highest ({frame.seed.nunique()} seeds, {on(frame)})."
+    )
+
+
+@finding("evaluation_mode")
+def statistics_of_the_batch() -> str | None:
+    """What a forgotten `model.eval()` costs."""
+    frame = recorded("evaluation_mode")
+    if frame is None:
+        return None
+    cells = frame[(frame.network == "resnet56") & (frame.normalisation == "as trained")]
+    batch = cells[(cells["mode"] == "batch") & cells.order.notna()]
+    by_class = cells[(cells["mode"] == "batch") & cells.order.isna()]
+    running = cells[cells["mode"] == "running"]
+    if len(batch) < _FEWEST or running.empty or by_class.empty:
+        return None
+    lost = batch.assign(all="all", lost=running.accuracy.iloc[0] - batch.accuracy)
+    (row,) = pu.statistics.summary(lost, by="all", value="lost").to_dict("records")
+    points = interval(row).replace(" %", " points")
+    return (
+        f"**`model.eval()` matters.** A public ResNet-56 has {percent(running.accuracy.iloc[0])} in evaluation mode. "
+        f"With the statistics of shuffled batches it loses {points}, and with batches in the order of an image folder "
+        f"{percent(by_class.accuracy.iloc[0])} is left ({len(batch)} orders, {on(frame)})."
+    )
+
+
+@finding("vgg16_at_initialization")
+def weights_are_not_work() -> str | None:
+    """The work left by each criterion at the same number of weights."""
+    frame = recorded("vgg16_at_initialization")
+    if frame is None or frame.seed.nunique() < _FEWEST:
+        return None
+    work = studies.work_left(frame)
+    work = work[(work.iterations == 1) & (work.compression == 1) & work.criterion.isin(["snip", "synflow", "random"])]
+    rows = pu.statistics.summary(work, by="criterion", value="mac_density").sort_values("mean")
+    names = {"random": "random pruning", "snip": "SNIP", "synflow": "SynFlow in one step"}
+    told = ", ".join(f"{interval(row)} after {names[row.criterion]}" for _, row in rows.iterrows())
+    return (
+        "**Equal sparsity is not equal work.** With 10 % of its weights, VGG-16 keeps a very different share of its "
+        f"multiply-accumulates: {told} ({frame.seed.nunique()} seeds, {on(frame)})."
+    )
+
+
+@finding("vgg16_at_initialization")
+def synflow_wants_iterations() -> str | None:
+    """What one step of SynFlow empties."""
+    frame = recorded("vgg16_at_initialization")
+    if frame is None:
+        return None
+    flow = frame[(frame.criterion == "synflow") & (frame.compression == 2)]
+    empty = flow[flow.iterations == 1].groupby("seed").kept.agg(lambda kept: int((kept == 0).sum()))
+    several = flow[flow.iterations > 1]
+    if len(empty) < _FEWEST or several.empty:
+        return None
+    spread = f"{empty.min()} to {empty.max()}" if empty.nunique() > 1 else f"{empty.min()}"
+    return (
+        f"**SynFlow needs its iterations.** One step down to 1 % of VGG-16's weights empties {spread} of "
+        f"{flow.layer.nunique()} layers in each of {len(empty)} seeds. {several.iterations.iloc[0]} steps leave at "
+        f"least {several.kept.min():,} weights in every layer."
+    )
+
+
+def percent(fraction: float, decimals: int = 1) -> str:
+    """Write a fraction as README does: 83.2 %."""
+    return f"{100 * fraction:.{decimals}f} %"
+
+
+def on(frame: pd.DataFrame) -> str:
+    """Name the data."""
+    words = {"cifar10 (image folder)": "CIFAR-10 as JPEG images", "cifar10": "CIFAR-10", "mnist": "MNIST"}
+    return ", ".join(words.get(name, name) for name in sorted(set(frame.data.dropna())))
+
+
+def found(n: int = 5) -> str:
+    """Return the list for README."""
+    sentences = []
+    for notebook, sentence in FINDINGS:
+        told = sentence()
+        if told and len(sentences) < n:
+            sentences.append(f"{len(sentences) + 1}. {told} [{notebook}](notebooks/{notebook}.ipynb)\n")
+    return "".join(sentences) + "\nBrackets hold 95 % intervals.\n"
+
+
+def written(text: str) -> str:
+    """Return README with the list put in."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + "\n" + found() + "\n" + END + rest.split(END, 1)[1]
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(written(path.read_text()))
+    print(found(), file=sys.stdout)
