@@ -48,5 +48,5 @@ def note_of(counts: Sequence[int], interval: str, frame: pd.DataFrame) -> str:
     low, high = min(counts), max(counts)
     if high == 1:
         return ""
-    runs = "seeds" if "seed" in frame.columns else "runs"
+    runs = next((f"{name}s" for name in ("image", "seed") if name in frame.columns), "runs")
     return f"mean, {INTERVALS[interval]},\nn = {low if low == high else f'{low} to {high}'} {runs}"
