@@ -164,6 +164,11 @@ def last_epochs(frame: pd.DataFrame, target: float | None = None) -> pd.DataFram
 def prunings_against_one(final: pd.DataFrame) -> pd.DataFrame:
     """Compare several prunings and the ramp with one pruning, within each design, all questions as one family."""
     pruned = final[final.design != "dense"].sort_values(["design", "prunings"], ascending=[False, True])
+    both = pruned.groupby("equal").arm.transform(lambda arms: "1 pruning" in set(arms) and arms.nunique() > 1)
+    pruned = pruned[both.astype(bool)]  # a study that still runs may have only one arm of a design
+    if pruned.empty:
+        columns = ["equal", "a", "b", "n", "difference", "low", "high", "p_holm", "differs", "verdict"]
+        return pd.DataFrame(columns=columns)
     return compare(pruned, by="arm", value="test_accuracy", within="equal", against="1 pruning")
 
 

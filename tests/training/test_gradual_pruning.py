@@ -2,6 +2,7 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -231,3 +232,12 @@ def test_a_ramp_below_what_is_pruned_already_is_an_error_at_its_first_pruning():
 def test_gradual_sparsity_refuses_when_it_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         pu.gradual_sparsity(**dict(target=0.9) | options)
+
+
+def test_a_study_that_still_runs_has_no_comparison():
+    from pruneutils import studies
+
+    rows = [("ramp", 0, "ramp"), ("restarts", 1, "1 pruning")]
+    frame = pd.DataFrame(rows, columns=["design", "prunings", "arm"]).assign(test_accuracy=0.8, seed=0)
+    frame["equal"] = frame.design.map(studies.LABELS)
+    assert studies.prunings_against_one(frame).empty
