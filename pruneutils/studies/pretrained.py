@@ -246,7 +246,10 @@ def _share(images: pd.DataFrame, network: str, state: str, arm: str, asked: floa
     return f"{network} {rows.hit.mean():.1%}"
 
 
-def tell_sizes(images: pd.DataFrame, pair: tuple[str, str], asked: float, arm: str = "weights, global") -> str:
+def tell_sizes(
+    images: pd.DataFrame, pair: tuple[str, str], asked: float, arm: str = "weights, global",
+    family: Sequence[tuple[str, str]] = (),
+) -> str:  # fmt: skip
     """Answer in sentences whether the larger network loses less, as it is and with its batch norm recalibrated.
 
     Args:
@@ -254,6 +257,7 @@ def tell_sizes(images: pd.DataFrame, pair: tuple[str, str], asked: float, arm: s
         pair: The smaller and the larger network.
         asked: The ratio to tell of.
         arm: One of `PRETRAINED_ARMS`.
+        family: All pairs that are compared, over which the verdicts are corrected; by default this one.
 
     Returns:
         The sentences, with differences in percentage points and their 95 % intervals over images.
@@ -270,8 +274,8 @@ def tell_sizes(images: pd.DataFrame, pair: tuple[str, str], asked: float, arm: s
         if _measurable(here).empty:
             told += "one of them is near chance."
             continue
-        found = compare_sizes(table, [pair], state)
-        row = next(found[(found.arm == arm) & (found.asked == asked)].itertuples())
+        found = compare_sizes(images, family or [pair], state).set_index(["arm", "asked", "a", "b"])
+        row = found.loc[(arm, asked, *pair)]
         told += f"the loss of {pair[0]} minus that of {pair[1]} is {_points(row)}, "
         told += f"so {row.larger} is less robust." if row.differs else "which cannot be told from zero."
     return told

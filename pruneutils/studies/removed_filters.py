@@ -359,8 +359,11 @@ def tell_filters(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-
         return f"{0 if rows.empty else seeds} of {ENOUGH_SEEDS} seeds have run, which gives no verdict."
     found = against_random(rows, state)
     means = rows.groupby("importance").accuracy.mean().sort_values(ascending=False)
-    told = f"With {ratio:.0%} of the {of.replace('macs', 'MACs')} removed and the network {state}, `{means.index[0]}` "
-    told += f"is best with {means.iloc[0]:.1%}; filters removed at random leave {means['random']:.1%}. "
+    told = f"With {ratio:.0%} of the {of.replace('macs', 'MACs')} removed and the network {state}, "
+    if means.index[0] == "random":
+        told += f"no measure is above random removal, which leaves {means['random']:.1%}. "
+    else:
+        told += f"`{means.index[0]}` is best with {means.iloc[0]:.1%}; random removal leaves {means['random']:.1%}. "
     better = [row.a for row in found.itertuples() if row.differs and row.larger == row.a]
     worse = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if row.differs and row.larger == "random"]
     same = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if not row.differs]
