@@ -176,7 +176,7 @@ def side_by_side():
 
 
 @row(
-    "GPU: 16 trainings of ResNet-20, 100 steps each, bfloat16",
+    "GPU: 8 trainings of ResNet-20, 60 steps each, bfloat16",
     at_least(None, "4 processes", "in turn"),
     at_least(None, "4 graphs", "in turn"),
     at_least(None, "stacked", "in turn"),
@@ -185,4 +185,4 @@ def side_by_side():
     gpu=True,
 )
 def side_by_side_on_gpu():
-    return _arms("resnet20", 16, 100, "cuda", "bfloat16", (4,))
+    return _arms("resnet20", 8, 60, "cuda", "bfloat16", (4,))

@@ -4,9 +4,11 @@ Notebooks that ask different questions of the same runs share them here.
 """
 
 from .before_training import (
+    FRANKLE,
     QUESTIONS,
     after_equal_epochs,
     answers,
+    from_scratch_grid,
     headline,
     in_words,
     train_pruned,
@@ -120,6 +122,7 @@ __all__ = [
     "CLOSE",
     "DESIGNS",
     "ENOUGH_SEEDS",
+    "FRANKLE",
     "LABELS",
     "LITE",
     "MEASURES",
@@ -155,6 +158,7 @@ __all__ = [
     "filters_from_scratch",
     "filters_grid",
     "filters_of_adapted",
+    "from_scratch_grid",
     "gaps_above_chance",
     "gradient_norm",
     "gradient_norm_change",

@@ -1,8 +1,10 @@
 """Networks pruned before training and then trained: the runs, their grid, and what they say."""
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -24,14 +26,15 @@ from .while_training import ENOUGH_SEEDS, _points
 
 def train_pruned(
     method: str, compression: float, control: str, seed: int, *, iterations: int = 1, pre_epochs: int = 0,
-    epochs: int = 30, network: str = "fc", dataset: str = "mnist", lr: float = 1e-3, batch_size: int = 256,
-    test_every: int = 10, precision: str = "float32", device: str = "cpu",
+    epochs: int = 30, network: str = "fc", dataset: str = "mnist", optimizer: str = "adam", lr: float = 1e-3,
+    lr_schedule: str = "constant", weight_decay: float = 0.0, batch_size: int = 256, test_every: int = 10,
+    precision: str = "float32", device: str = "cpu",
 ) -> list[dict]:  # fmt: skip
     """Prune a network at its initialisation (or after some epochs), train it, and measure it on the way.
 
-    As published: Adam with a constant learning rate, one optimizer before and after the pruning, 100 random training
-    images for the criteria that look at data. Since the learning rate is constant, a run of 30 epochs is the beginning
-    of one of 150.
+    The defaults are those of a published comparison: Adam with a constant learning rate, one optimizer before and after
+    the pruning, 100 random training images for the criteria that look at data. Since the learning rate is constant, a
+    run of 30 epochs is the beginning of one of 150.
 
     Args:
         method: A criterion's name, which further words may follow ("synflow one-shot"); or "dense".
@@ -44,7 +47,10 @@ def train_pruned(
         epochs: Epochs after it.
         network: A name for `models.create`.
         dataset: A name for `data.load`.
-        lr: Of Adam.
+        optimizer: "adam", or "sgd" (momentum .9).
+        lr: The first learning rate.
+        lr_schedule: As for `fit`; the training after the pruning begins it anew.
+        weight_decay: As for `fit`.
         batch_size: Of the training.
         test_every: Measure after every so many epochs.
         precision: Of the training.
@@ -55,12 +61,13 @@ def train_pruned(
         of the commonest class among the test images), precision, data.
     """
     _checks.one_of("control", control, ("none", "shuffled", "redrawn", "inverted"))
+    _checks.one_of("optimizer", optimizer, _OPTIMIZERS)
     train, test = data.load(dataset, device=device)
     model = models.create(network, seed=seed).to(device)
-    settings = {"batch_size": batch_size, "precision": precision}
-    adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    settings = {"batch_size": batch_size, "precision": precision, "lr_schedule": lr_schedule}
+    stepping = _OPTIMIZERS[optimizer](model.parameters(), lr=lr, weight_decay=weight_decay)
     if pre_epochs:
-        fit(model, train, epochs=pre_epochs, optimizer=adam, seed=seed + 1000, **settings)
+        fit(model, train, epochs=pre_epochs, optimizer=stepping, seed=seed + 1000, **settings)
     if method != "dense":
         criterion = method.split()[0]
         some = train.subset(10 * len(train.classes), seed)
@@ -73,9 +80,10 @@ def train_pruned(
             masks = shuffle_masks(masks, seed)
         if control == "redrawn":
             redraw(model, seed + 1000)
-            adam, epochs = torch.optim.Adam(model.parameters(), lr=lr, fused=True), epochs + pre_epochs
+            stepping = _OPTIMIZERS[optimizer](model.parameters(), lr=lr, weight_decay=weight_decay)
+            epochs += pre_epochs
         set_masks(model, masks)
-    table = fit(model, train, test, epochs, optimizer=adam, seed=seed, test_every=test_every, **settings)
+    table = fit(model, train, test, epochs, optimizer=stepping, seed=seed, test_every=test_every, **settings)
     facts = {
         "sparsity": count(model).sparsity,
         "empty_layers": int((layer_table(model).kept == 0).sum()),
@@ -84,6 +92,46 @@ def train_pruned(
     }
     measured = table.dropna(subset="test_accuracy").rename(columns={"test_accuracy": "accuracy"})
     return [row | facts for row in measured[["epoch", "accuracy", "precision"]].to_dict("records")]
+
+
+_OPTIMIZERS = {
+    "adam": partial(torch.optim.Adam, fused=True),
+    "sgd": partial(torch.optim.SGD, momentum=0.9, fused=True),
+}
+FRANKLE = (0.59, 0.79, 0.893, 0.956, 0.982)  # the sparsities of the table of Frankle et al. 2021
+
+
+def from_scratch_grid(
+    seeds: Sequence[int], sparsities: Sequence[float] = (0.956, 0.982, 0.893, 0.79, 0.59), epochs: int = 30,
+    **common: object,
+) -> list[dict]:  # fmt: skip
+    """List the runs of `train_pruned` that stand beside the table of Frankle et al.: ResNet-20 trained by SGD.
+
+    Every arm trains for `epochs` after its pruning; "magnitude after training" trains for as long before it, too. A
+    sparsity is complete before the next one begins, and of it a seed.
+
+    Args:
+        seeds: The seeds.
+        sparsities: The sparsities, the most important one first.
+        epochs: After the pruning; the paper has 160.
+        **common: Further arguments of `train_pruned`, the same for all runs.
+
+    Returns:
+        One config per run.
+    """
+    once = {"control": "none", "iterations": 1, "pre_epochs": 0, "epochs": epochs}
+    recipe = {"network": "resnet20", "dataset": "cifar10", "optimizer": "sgd", "lr": 0.1, "lr_schedule": "one-cycle",
+              "weight_decay": 1e-4, "batch_size": 128, **common}  # fmt: skip
+    arms = {name: once for name in ("random", "magnitude", "snip", "grasp")}
+    arms |= {"synflow": once | {"iterations": 100}, "magnitude after training": once | {"pre_epochs": epochs}}
+    dense = [{"method": "dense", "compression": 0, "seed": seed, **once, **recipe} for seed in seeds]
+    pruned = [
+        {"method": method, "compression": -math.log10(1 - sparsity), "seed": seed, **arm, **recipe}
+        for sparsity in sparsities
+        for seed in seeds
+        for method, arm in arms.items()
+    ]
+    return dense + pruned
 
 
 def train_pruned_grid(

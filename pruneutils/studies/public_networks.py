@@ -16,18 +16,23 @@ from ..training import fit
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
 
-def cifar10_as_published() -> tuple[Images, Images]:
+def cifar10_as_published(device: str = "cpu") -> tuple[Images, Images]:
     """Load CIFAR-10 with the normalisation that the public ResNet checkpoints were trained with (ImageNet's).
+
+    Args:
+        device: Where the images lie.
 
     Returns:
         The training and the test images; `name` tells whether they are an image folder of JPEG files.
     """
     mean, std = IMAGENET_MEAN_STD
-    train, test = data.load("cifar10")
+    train, test = data.load("cifar10", device=device)
     return replace(train, mean=mean, std=std), replace(test, mean=mean, std=std)
 
 
-def adapt(network: str, folder: str, epochs: int = 10, seed: int = 0, precision: str = "auto") -> list[dict]:
+def adapt(
+    network: str, folder: str, epochs: int = 10, seed: int = 0, precision: str = "auto", device: str = "cpu"
+) -> list[dict]:
     """Adapt a public CIFAR-10 checkpoint to the images at hand, and save the network.
 
     JPEG images cost these checkpoints about ten points, so they are trained on: SGD with momentum .9 (Nesterov), a
@@ -39,28 +44,20 @@ def adapt(network: str, folder: str, epochs: int = 10, seed: int = 0, precision:
         epochs: How often each image is seen.
         seed: Of data order and augmentation.
         precision: Of training and evaluation.
+        device: Where to train.
 
     Returns:
         A row per epoch as from `fit`, epoch 0 being the checkpoint as it came.
     """
-    train, test = cifar10_as_published()
-    model = models.load_weights(models.create(network), data_folder() / "checkpoints" / CHECKPOINTS[network])
+    train, test = cifar10_as_published(device)
+    model = models.load_weights(models.create(network), data_folder() / "checkpoints" / CHECKPOINTS[network]).to(device)
     before = {"epoch": 0, "test_accuracy": accuracy(model, test, precision=precision), "precision": precision}
 
     def decayed(parameters):
         return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    table = fit(
-        model,
-        train,
-        test,
-        epochs,
-        optimizer=decayed,
-        lr_schedule="cosine",
-        seed=seed,
-        precision=precision,
-        test_every=2,
-    )
+    options = {"lr_schedule": "cosine", "seed": seed, "precision": precision, "test_every": 2}
+    table = fit(model, train, test, epochs, decayed, **options)
     after = accuracy(model, test)
     facts = {"data": train.name, "epochs": epochs, "seed": seed, "accuracy": after}
     save(model, Path(folder) / f"{network}_seed{seed}.safetensors", **facts)

@@ -174,7 +174,7 @@ def residual_on_digits(seed: int, width: int = 16) -> tuple[nn.Module, Images, I
 
 def filters_of_adapted(
     importance: str, ratio: float, seed: int, rounds: int = 0, of: str = "macs", network: str = "resnet20",
-    tested: int = 2000, precision: str = "auto",
+    tested: int = 2000, precision: str = "auto", device: str = "cpu",
 ) -> list[dict]:  # fmt: skip
     """Remove filters from an adapted network on CIFAR-10: `remove_and_repair`, or `remove_in_rounds` for rounds.
 
@@ -189,13 +189,14 @@ def filters_of_adapted(
         network: "resnet20" or "resnet56".
         tested: How many of the test images are used, the same ones in every run.
         precision: Of training and tests.
+        device: Where to compute.
 
     Returns:
         The rows of either, with the name of the data.
     """
-    train, test = cifar10_as_published()
+    train, test = cifar10_as_published(device)
     test = test.subset(tested)
-    model = load(repository() / NETWORKS / f"{network}_seed0.safetensors")
+    model = load(repository() / NETWORKS / f"{network}_seed0.safetensors").to(device)
     if rounds:
         sampled = {} if importance in ("random", "mag_based", "l1", "bn", "biased_loss_tracked") else {"n_samples": 640}
         rows = remove_in_rounds(model, train, test, importance, ratio, rounds, seed, precision=precision, **sampled)
@@ -206,7 +207,7 @@ def filters_of_adapted(
 
 def filters_grid(
     seeds: Sequence[int], ratios: Sequence[float], in_rounds: Sequence[str] = ("mag_based", "grad_preserve"),
-    rounds: Sequence[int] = (1, 5),
+    rounds: Sequence[int] = (1, 5), **common: object,
 ) -> list[dict]:  # fmt: skip
     """List the runs of `filters_of_adapted`: the first ratio of MACs, rounds, the same ratio of filters, other ratios.
 
@@ -215,18 +216,19 @@ def filters_grid(
         ratios: The ratios; the rounds are compared at the first.
         in_rounds: The measures whose rounds are compared.
         rounds: The numbers of rounds.
+        **common: Further arguments of `filters_of_adapted`, the same for all runs.
 
     Returns:
         One config per run.
     """
 
     def at_once(ratio: float, **of: str) -> list[dict]:
-        settings = {"ratio": ratio, "rounds": 0, **of}
+        settings = {"ratio": ratio, "rounds": 0, **of, **common}
         return [{"importance": measure, "seed": seed, **settings} for seed in seeds for measure in MEASURES]
 
     grid = at_once(ratios[0])
     grid += [
-        {"importance": measure, "seed": seed, "ratio": ratios[0], "rounds": n}
+        {"importance": measure, "seed": seed, "ratio": ratios[0], "rounds": n, **common}
         for seed in seeds
         for measure in in_rounds
         for n in rounds

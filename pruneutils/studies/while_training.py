@@ -58,7 +58,7 @@ def in_design(
 
 def prune_adapted(
     seed: int, design: str, prunings: int, target: float, network: str = "resnet20", epochs: int = 8,
-    steps_per_epoch: int | None = 195, precision: str = "auto",
+    steps_per_epoch: int | None = 195, precision: str = "auto", device: str = "cpu",
 ) -> list[dict]:  # fmt: skip
     """Prune an adapted network while it trains by SGD (momentum .9, lr .05 to 0, weight decay 5e-4, batches of 128).
 
@@ -74,12 +74,13 @@ def prune_adapted(
         steps_per_epoch: Steps of an epoch: 195 see another random half of the 50,000 images in every epoch, so that
             8 epochs see each image 4 times; None sees all.
         precision: Of training and evaluation.
+        device: Where to train.
 
     Returns:
         A row per epoch: epoch, sparsity, test_accuracy, lr, precision, data.
     """
-    train, test = cifar10_as_published()
-    model = load(repository() / NETWORKS / f"{network}_seed0.safetensors")
+    train, test = cifar10_as_published(device)
+    model = load(repository() / NETWORKS / f"{network}_seed0.safetensors").to(device)
     table = in_design(
         model, train, test, design, prunings, target, epochs, optimizer="sgd", lr=0.05, weight_decay=5e-4,
         lr_schedule="cosine", precision=precision, seed=seed,
@@ -89,8 +90,9 @@ def prune_adapted(
 
 
 def prune_adapted_grid(
-    seeds: Sequence[int], target: float = 0.95, also: Sequence[float] = (0.98, 0.8, 0.9), second: float = 0.9
-) -> list[dict]:
+    seeds: Sequence[int], target: float = 0.95, also: Sequence[float] = (0.98, 0.8, 0.9), second: float = 0.9,
+    **common: object,
+) -> list[dict]:  # fmt: skip
     """List the runs of `prune_adapted`, the most important ones first, and every seed complete before the next begins.
 
     Args:
@@ -98,6 +100,7 @@ def prune_adapted_grid(
         target: The sparsity at which all arms run: dense, the ramp, and both designs with 1, 2, 4 and 8 prunings.
         also: The sparsities at which gradual and instant pruning are compared, with four arms.
         second: One of these, at which the remaining arms run last.
+        **common: Further arguments of `prune_adapted`, the same for all runs.
 
     Returns:
         One config per run.
@@ -107,7 +110,7 @@ def prune_adapted_grid(
     parts = [(target, [("dense", 0), ("ramp", 0), *counts])] + [(sparsity, two) for sparsity in also]
     parts.append((second, [arm for arm in counts if arm not in two]))
     return [
-        {"seed": seed, "design": design, "prunings": n, "target": 0.0 if design == "dense" else sparsity}
+        {"seed": seed, "design": design, "prunings": n, "target": 0.0 if design == "dense" else sparsity, **common}
         for sparsity, arms in parts
         for seed in seeds
         for design, n in arms
