@@ -78,7 +78,9 @@ __version__ = "0.1.0"
 
 # These import pandas, scipy, matplotlib or ipywidgets, so each is imported when it is first used.
 _ROOMS = ("data", "experiments", "models", "notebook", "plots", "widgets")
-_load, _, _ = lazy_loader.attach(__name__, submodules=set(_ROOMS), submod_attrs={"experiments": ["statistics"]})
+_load, _, _ = lazy_loader.attach(
+    __name__, submodules={*_ROOMS, "studies"}, submod_attrs={"experiments": ["statistics"]}
+)
 
 
 def __getattr__(name: str) -> object:
@@ -94,7 +96,10 @@ def _suggestion(name: str) -> str:
     """Name what is nearest, in the rooms too."""
     known = {each: f"pu.{each}" for each in __all__}
     for room in (*_ROOMS, "statistics"):
-        inside = vars(_load(room))
+        try:
+            inside = vars(_load(room))
+        except ImportError:  # such as widgets without ipywidgets: no reason to fail here
+            continue
         public = inside.get("__all__") or [each for each, value in inside.items() if _is_own(value, each, room)]
         known |= {each: f"pu.{room}.{each}" for each in public}
     for each, place in known.items():
