@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._checks import a_function, callers_level, inputs_told, whole
-from ._torch import autocast, batches, device_of, in_mode
+from ._torch import autocast, batches, device_of, full_float32, in_mode
 
 Output = Callable[[object], torch.Tensor]
 Metric = Callable[[torch.Tensor, torch.Tensor], object]
@@ -80,7 +80,7 @@ class Judge:
         """Return the mean over all batches of `data`, in eval mode."""
         device = device_of(model)
         sums = torch.zeros(3, dtype=torch.long, device=device)  # summed on the device: one transfer at the end
-        with in_mode(model, training=False):
+        with in_mode(model, training=False), full_float32():
             for inputs, targets in batches(data):
                 targets = targets.to(device, non_blocking=True)
                 with autocast(precision, device), inputs_told(inputs, targets):

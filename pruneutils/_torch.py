@@ -123,6 +123,24 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 numbers as they are inside; by default a GPU convolves them in TF32, 13 bits shorter."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):  # torch 2.9 and newer
+        places, name, full = (cudnn.conv, cudnn.rnn, matmul), "fp32_precision", "ieee"
+    else:
+        places, name, full = (cudnn, matmul), "allow_tf32", False
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, full)
+        yield
+    finally:
+        for place, value in zip(places, before):
+            setattr(place, name, value)
+
+
 @functools.cache
 def bfloat16_pays(device_type: str) -> bool:
     """Tell whether convolutions are much faster in bfloat16: a CPU either has the instructions (twice as fast) or not.

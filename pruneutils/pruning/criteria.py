@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import a_function, a_seed, inputs_told, unknown
 from .._prunable import is_transposed, module_of
-from .._torch import all_finite, batches, device_of, generator, in_mode, own_random_state
+from .._torch import all_finite, batches, device_of, full_float32, generator, in_mode, own_random_state
 from ..model_utils import prunable_weights
 from ._batchnorm import FixedBatchNorm
 from .linearising import Linearised
@@ -383,7 +383,7 @@ def _untouched(model: nn.Module, train_mode: bool, seed: int) -> Iterator[None]:
     """Eval (or train) mode, fresh gradients and a random state of its own inside; everything as it was afterwards."""
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with own_random_state(device_of(model), seed), in_mode(model, train_mode), torch.enable_grad():
+    with own_random_state(device_of(model), seed), full_float32(), in_mode(model, train_mode), torch.enable_grad():
         try:
             for p, _, _ in parameters:
                 p.grad = None

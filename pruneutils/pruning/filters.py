@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .. import _checks
-from .._torch import batches, device_of, in_mode, own_random_state
+from .._torch import batches, device_of, full_float32, in_mode, own_random_state
 from . import schedules
 from ._budget import QUANTITIES, Order, order_units, terms_of
 from ._slicing import cut, kind_of_attention, size_of, tensor_cuts
@@ -291,7 +291,7 @@ def _outputs(run, model, kept) -> list[tuple[str, torch.Tensor]]:
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and layer not in inside:
             hooks.append(module.register_forward_hook(listen(layer, -1 if isinstance(module, nn.Linear) else 1)))
     try:
-        with in_mode(model, training=False), own_random_state(device_of(model), 0):
+        with in_mode(model, training=False), own_random_state(device_of(model), 0), full_float32():
             final = [("the outputs", leaf) for leaf in tree_leaves(run()) if torch.is_tensor(leaf)]
     finally:
         for hook in hooks:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .._checks import a_model, is_pair
 from .._prunable import module_of
-from .._torch import device_of, in_mode
+from .._torch import device_of, full_float32, in_mode
 from ..model_utils import accuracy, get_masks, layer_name, prunable_weights
 from ._leastsquares import add, fit
 from ._passes import inputs_of, stops, visits
@@ -85,7 +85,7 @@ def recalibrate(model: nn.Module, data: object, test: object = None) -> Recalibr
     saved = [buffer.clone() for buffer in buffers]
     tallies: dict[nn.Module, _Tally] = {}
     try:
-        with in_mode(model, training=False), closing(visits(model, names, inputs)) as calls:
+        with full_float32(), in_mode(model, training=False), closing(visits(model, names, inputs)) as calls:
             for module, tensors in calls:
                 tally = tallies.setdefault(module, _Tally())
                 for tensor in tensors:
@@ -216,6 +216,7 @@ def reconstruct(
         once = [module for module in layers if calls.get(module) == 1]
         twins = [module_of(dense, layers[module]) for module in once]
         with (
+            full_float32(),
             in_mode(model, training=False),
             in_mode(dense, training=False),
             closing(visits(model, once, inputs)) as found,

@@ -74,7 +74,7 @@ def fit(
         weight_decay: Of "sgd" or "adam".
         loss_fn: `(outputs, targets) -> mean loss over the batch`, such as
             `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`; cross-entropy by default.
-        precision: Of training and evaluation: "float32", "bfloat16" (autocast), or "auto", which is bfloat16 for
+        precision: Of training and evaluation: "float32" (never TF32), "bfloat16" (autocast), or "auto", bfloat16 for
             convolutional networks on a GPU and on a CPU with fast instructions for it. The results of "auto" differ
             between machines.
         test_every: Measure the test accuracy after every so many epochs, and after the last one.

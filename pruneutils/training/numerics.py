@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .._torch import own_random_state
+from .._torch import full_float32, own_random_state
 
 
 @contextlib.contextmanager
 def reproducible(device: torch.device, seed: int) -> Iterator[None]:
-    """Give training a random state of its own, and on a GPU only kernels that repeat."""
+    """Give training a random state of its own, and on a GPU only kernels that repeat and do not round to TF32."""
     deterministic = torch.backends.cudnn.deterministic
-    with own_random_state(device, seed):
+    with own_random_state(device, seed), full_float32():
         torch.backends.cudnn.deterministic = True
         try:
             yield

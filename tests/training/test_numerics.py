@@ -1,5 +1,6 @@
 """No machine changes by itself what is computed."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -91,3 +92,42 @@ print("alive")
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.stdout == "alive\n", f"exit code {ended.returncode}: {ended.stderr}"
+
+
+def test_float32_is_never_rounded_to_tf32_by_what_we_compute():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    places = (cudnn.conv, cudnn.rnn, matmul) if hasattr(cudnn, "conv") else (cudnn, matmul)
+    name, full = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)
+
+    def now():
+        return [getattr(place, name) for place in places]
+
+    class Watched(nn.Conv2d):
+        def forward(self, inputs):
+            seen.append(now())
+            return super().forward(inputs)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Watched(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Watched(8, 4, 3), nn.Flatten(), nn.Linear(64, 4)
+    )
+    data, before = (torch.randn(12, 1, 8, 8), torch.arange(12) % 4), now()
+    assert before != [full] * len(places)
+    calls = {
+        "fit": lambda: pu.fit(model, data, data, epochs=1),
+        "accuracy": lambda: pu.accuracy(model, data),
+        "scores": lambda: pu.scores(model, "grasp", data=data),
+        "prune_filters": lambda: pu.prune_filters(model, "loss_based", 0.3, data=[data]),
+        "recalibrate": lambda: pu.recalibrate(model, data),
+        "reconstruct": lambda: pu.reconstruct(model, copy.deepcopy(model), data),
+    }
+    for call, run in calls.items():
+        seen = []
+        run()
+        if call in ("prune_filters", "reconstruct"):  # they run the model first to see what is called, not to compute
+            del seen[:2]
+        assert seen and all(state == [full] * len(places) for state in seen), call
+        assert now() == before, call
+    with pytest.raises(ValueError):
+        pu.accuracy(model, (torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)))
+    assert now() == before
