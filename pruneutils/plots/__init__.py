@@ -13,7 +13,7 @@ from .curves import accuracy_vs_flops, accuracy_vs_sparsity, curves, pareto_fron
 from .layers import layer_bars, mask_overlap, sparsity_heatmap
 from .look import Style, method_styles, save, style
 from .scores import score_distribution
-from .stories import ranked_kernels, stuck_threshold
+from .stories import pruning_courses, ranked_kernels, stuck_threshold
 from .ticks import percent
 from .weights import LayerHistogram, layer_histograms, weight_histograms
 
@@ -30,6 +30,7 @@ __all__ = [
     "method_styles",
     "pareto_front",
     "percent",
+    "pruning_courses",
     "ranked_kernels",
     "save",
     "score_distribution",

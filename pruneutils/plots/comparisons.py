@@ -77,7 +77,9 @@ def differences(
     table = _from_reference(table, reference)
     own, ax = ax is None, ax or style.axes((WIDTH, 4.2))
     dress(ax, style, title, grid="y")
-    places = {value: place for place, value in enumerate(sorted(table[x].unique()) if x else [None])}
+    values = table[x].unique() if x else [None]  # words stay in their order, numbers have one of their own
+    in_order = sorted(values) if x and pd.api.types.is_numeric_dtype(frame[x]) else values
+    places = {value: place for place, value in enumerate(in_order)}
     looks = method_styles(arms, style)
     shown = [arm for arm in looks if arm in set(table["arm"])]
     handles = []

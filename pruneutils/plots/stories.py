@@ -1,16 +1,21 @@
-"""Drawings that explain: what a rule does to six kernels, and where a threshold sticks."""
+"""Drawings that explain: six kernels under two rules, where a threshold sticks, what happens while a network trains."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from .._checks import fraction
-from .look import WIDTH, Style, dress, picture
-from .ticks import Percent, percent
+from .curves import draw_points
+from .look import WIDTH, Style, dress, method_styles, picture
+from .tables import groups_of, need, note_of
+from .ticks import Percent, RoundTicks, fractions_on_y, percent
 
 
 @picture
@@ -152,3 +157,74 @@ def stuck_threshold(
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_formatter(Percent())
     return ax
+
+
+@picture
+def pruning_courses(
+    courses: pd.DataFrame,
+    runs: pd.DataFrame,
+    y: str = "test_accuracy",
+    *,
+    title: str | None = None,
+    style: str | Style | None = None,
+    save: str | Path | None = None,
+) -> Figure:
+    """Draw sparsity and learning rate over the epochs above the accuracy, a column for each design.
+
+    Args:
+        courses: What the designs prescribe: epoch, sparsity, "learning rate" (a fraction of the first), arm, and equal,
+            which names the column.
+        runs: A row for each run and epoch: epoch, the accuracy, arm and equal. Rows whose `equal` is missing, such as
+            those of the network that is not pruned, are drawn in every column.
+        y: The column of accuracies.
+        title: The headline.
+        style: "light" or "dark".
+        save: A path without suffix; writes path.png, path.svg and path_dark.png.
+
+    Returns:
+        The Figure.
+
+    Raises:
+        ValueError: If a column is missing.
+
+    Example:
+        >>> import pandas as pd
+        >>> courses = pd.DataFrame({"epoch": [0, 1, 2], "sparsity": [0, 0.5, 0.9], "learning rate": [1, 0.5, 0]})
+        >>> runs = pd.DataFrame({"epoch": [1, 2], "test_accuracy": [0.8, 0.7]})
+        >>> figure = pu.plots.pruning_courses(*(t.assign(arm="2 prunings", equal="total") for t in (courses, runs)))
+        >>> [ax.get_ylabel() for ax in figure.axes]
+        ['sparsity (%)', 'learning rate', 'test accuracy']
+    """
+    need(courses, "epoch", "sparsity", "learning rate", "arm", "equal"), need(runs, "epoch", y, "arm", "equal")
+    designs = list(courses["equal"].unique())
+    figure = style.axes((4.6 * len(designs) + 1.4, 6.4)).figure
+    figure.clear()
+    heights = {"height_ratios": (0.8, 0.5, 1.7)}
+    grid = figure.subplots(3, len(designs), sharex=True, sharey="row", squeeze=False, gridspec_kw=heights)
+    arms = list(dict.fromkeys([*courses["arm"], *runs["arm"]]))
+    looks = method_styles(arms, style)
+    shown: dict = {}
+    for design, (above, middle, below) in zip(designs, grid.T):
+        dress(above, style, str(design), grid="y"), dress(middle, style, grid="y"), dress(below, style, grid="y")
+        for arm, rows in courses[courses["equal"] == design].groupby("arm", sort=False):
+            look = looks[arm] | {"marker": None, "linewidth": 1.6}
+            above.plot(rows["epoch"], rows["sparsity"], **look)
+            middle.plot(rows["epoch"], rows["learning rate"], **look)
+        groups = groups_of(runs[(runs["equal"] == design) | runs["equal"].isna()], "epoch", y, "arm", "t")
+        for arm in groups:
+            draw_points(below, groups[arm], looks[arm] | {"marker": None}, arm, bands=True, pale=True)
+        shown |= groups
+        below.set_xlabel("epoch")
+        below.xaxis.set_major_locator(RoundTicks(integer=True))
+    for row, label in zip(grid, ("sparsity (%)", "learning rate", y.replace("_", " "))):
+        row[0].set_ylabel(label)
+    grid[0, 0].yaxis.set_major_formatter(Percent(""))
+    grid[1, 0].set(yticks=[0, 1], yticklabels=["0", "first"])
+    fractions_on_y(grid[2, 0])
+    handles = [Line2D([], [], **(looks[arm] | {"marker": None, "linewidth": 1.6})) for arm in arms]
+    note = note_of(pd.concat(shown.values())["n"], "t", runs)
+    legend = figure.legend(handles, arms, loc="outside right center", title=note or None, alignment="left")
+    legend.get_title().set_color(style.muted)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12, color=style.text)
+    return figure

@@ -70,6 +70,7 @@ from .removed_filters import (
     filters_from_scratch,
     filters_grid,
     filters_of_adapted,
+    from_scratch_filters_grid,
     gradient_norm,
     latencies,
     remove_and_repair,
@@ -107,12 +108,14 @@ from .while_training import (
     gradual_and_instant,
     in_design,
     last_epochs,
+    own_ways,
     prune_adapted,
     prune_adapted_grid,
     prunings_against_one,
     recorded_facts,
     tell_gradual,
     tell_prunings,
+    with_every_seed,
 )
 
 __all__ = [
@@ -158,6 +161,7 @@ __all__ = [
     "filters_from_scratch",
     "filters_grid",
     "filters_of_adapted",
+    "from_scratch_filters_grid",
     "from_scratch_grid",
     "gaps_above_chance",
     "gradient_norm",
@@ -178,6 +182,7 @@ __all__ = [
     "in_words",
     "input_gradients",
     "last_epochs",
+    "own_ways",
     "latencies",
     "one_shot",
     "pretrained_grid",
@@ -210,5 +215,6 @@ __all__ = [
     "until_collapse",
     "vgg16_as_published",
     "with_all_layers",
+    "with_every_seed",
     "work_left",
 ]

@@ -238,12 +238,12 @@ def filters_grid(
 
 
 def filters_from_scratch(
-    network: str, importance: str, ratio: float, seed: int, rounds: int = 25, total_epochs: int = 160,
+    network: str, importance: str, ratio: float, seed: int, rounds: int = 10, total_epochs: int = 40,
     precision: str = "auto", device: str = "cuda",
 ) -> list[dict]:  # fmt: skip
     """Train a network, remove its filters in rounds on the way, and train it to the end, with the original's settings.
 
-    SGD with momentum 0.9, weight decay 1e-4, batches of 128; an epoch before each removal at a learning rate of 0.1;
+    Only the lengths differ: the original has 25 rounds and 160 epochs. SGD with momentum 0.9, weight decay 1e-4, batches of 128; an epoch before each removal at a learning rate of 0.1;
     then 0.1 that falls to a tenth after half of the remaining epochs and to a hundredth after three quarters.
 
     Args:
@@ -267,6 +267,25 @@ def filters_from_scratch(
     )  # fmt: skip
     table = table.rename(columns={"test_accuracy": "accuracy"}).assign(data=train.name)
     return table[["epoch", "stage", "accuracy", "parameters", "data"]].to_dict("records")
+
+
+def from_scratch_filters_grid(seeds: Sequence[int], ratio: float = 0.75) -> list[dict]:
+    """List the runs of `filters_from_scratch`: three networks and four measures for a seed, before the next seed.
+
+    Args:
+        seeds: The seeds.
+        ratio: The fraction of the filters to remove.
+
+    Returns:
+        One config per run.
+    """
+    networks, measures = ("vgg13_relu_bn", "mobilenet_v1", "resnet56_b"), ("random", "mag_based", "loss_based", "grasp")
+    return [
+        {"network": network, "importance": measure, "ratio": ratio, "seed": seed}
+        for seed in seeds
+        for network in networks
+        for measure in measures
+    ]
 
 
 def latencies(networks: Mapping[str, nn.Module], inputs: torch.Tensor, passes: int = 30) -> pd.DataFrame:

@@ -118,6 +118,7 @@ def prune_adapted_grid(
 
 
 LABELS = {"restarts": "equal total", "recovery": "equal recovery", "ramp": "equal recovery"}
+OWN_WAY = "each its own way"  # the ramp against one pruning before the first epoch: equal epochs, and no more is equal
 
 
 ENOUGH_SEEDS = 5  # fewer give no verdict
@@ -133,7 +134,7 @@ def courses(prunings: Sequence[int], target: float, epochs: int, points: int = 4
     """Compute how sparsity and learning rate run in both designs, for pictures of the designs.
 
     Args:
-        prunings: The numbers of prunings to show.
+        prunings: The numbers of prunings to show; 0 is the ramp, which has no restarts.
         target: The sparsity at the end, a fraction.
         epochs: Of pruning and recovery together.
         points: How many places in time.
@@ -142,15 +143,19 @@ def courses(prunings: Sequence[int], target: float, epochs: int, points: int = 4
         A row per design, number of prunings and place: epoch (from 0), sparsity, and learning rate as a fraction of the
         first one.
     """
-    frames = []
+    frames, epoch = [], np.linspace(0, epochs, points)
     for design, n in itertools.product(("restarts", "recovery"), prunings):
-        epoch = np.linspace(0, epochs, points)
-        first, end = (0, epochs) if design == "restarts" else (epochs / 2 / n, epochs / 2 + epochs / 2 / n)
-        done = np.clip(np.floor((epoch - first) / ((end - first) / n) + 1 + 1e-9), 0, n)
+        if n == 0 and design == "restarts":
+            continue
+        first, end = (0, epochs) if design == "restarts" else (epochs / 2 / max(n, 1), epochs / 2 * (1 + 1 / max(n, 1)))
+        done = np.clip(np.floor((epoch - first) / ((end - first) / max(n, 1)) + 1 + 1e-9), 0, n)
+        steps = [sparsity_at(i / n, target) for i in done] if n else [
+            sparsity_at(min(1, 2 * at / epochs), target, schedule="cubic") for at in epoch
+        ]  # fmt: skip
         stage = epochs / n if design == "restarts" else epochs
         rate = 0.5 * (1 + np.cos(np.pi * np.where(epoch == epochs, 1.0, epoch % stage / stage)))
-        course = {"epoch": epoch, "sparsity": [sparsity_at(i / n, target) for i in done], "learning rate": rate}
-        frames.append(pd.DataFrame(course).assign(design=design, equal=LABELS[design], prunings=n))
+        course = {"epoch": epoch, "sparsity": steps, "learning rate": rate, "prunings": n}
+        frames.append(pd.DataFrame(course).assign(design=design if n else "ramp", equal=LABELS[design]))
     found = pd.concat(frames, ignore_index=True)
     return found.assign(arm=arm_names(found))
 
@@ -164,9 +169,22 @@ def last_epochs(frame: pd.DataFrame, target: float | None = None) -> pd.DataFram
     return done.assign(arm=arm_names(done), equal=done.design.map(LABELS))
 
 
+def with_every_seed(final: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the arms that lack a seed so far, of a study that is not complete: they would be compared on few."""
+    return final[final.groupby(["design", "prunings", "target"]).seed.transform("nunique") == final.seed.nunique()]
+
+
+def own_ways(final: pd.DataFrame) -> pd.DataFrame:
+    """Take the ramp and the single pruning before the first epoch, which the designs of equal things keep apart."""
+    chosen = (final.design == "ramp") | ((final.design == "restarts") & (final.prunings == 1))
+    return final[chosen].assign(equal=OWN_WAY)
+
+
 def prunings_against_one(final: pd.DataFrame) -> pd.DataFrame:
     """Compare several prunings and the ramp with one pruning, within each design, all questions as one family."""
-    pruned = final[final.design != "dense"].sort_values(["design", "prunings"], ascending=[False, True])
+    final = with_every_seed(final)
+    final = pd.concat([final, own_ways(final)], ignore_index=True)
+    pruned = final[final.design != "dense"].sort_values(["equal", "prunings"], ascending=[False, True])
     both = pruned.groupby("equal").arm.transform(lambda arms: "1 pruning" in set(arms) and arms.nunique() > 1)
     pruned = pruned[both.astype(bool)]  # a study that still runs may have only one arm of a design
     if pruned.empty:
@@ -177,12 +195,16 @@ def prunings_against_one(final: pd.DataFrame) -> pd.DataFrame:
 
 def gradual_and_instant(final: pd.DataFrame, prunings: int | None = None) -> pd.DataFrame:
     """Pair the arms of each design: one pruning is instant; the ramp, or most prunings with restarts, are gradual."""
+    final = with_every_seed(final)
+    own = own_ways(final)
+    own = own.assign(method=own.design.map({"ramp": "gradual", "restarts": "instant"}), sparsity=own.target)
     most = final[final.design == "restarts"].prunings.max() if prunings is None else prunings
     gradual_arm = (final.design == "ramp") | ((final.design == "restarts") & (final.prunings == most))
     instant_arm = final.design.isin(["restarts", "recovery"]) & (final.prunings == 1)
     rows = final[gradual_arm | instant_arm]
     method = gradual_arm[rows.index].map({True: "gradual", False: "instant"})
     rows = rows.assign(method=method, equal=rows.design.map(LABELS), sparsity=rows.target)
+    rows = pd.concat([rows, own], ignore_index=True)
     return rows.sort_values(["equal", "method", "sparsity"], ascending=[False, True, True])
 
 
@@ -208,6 +230,12 @@ def recorded_facts(frame: pd.DataFrame) -> str:
     )
 
 
+def _design_told(equal: str) -> str:
+    if equal == OWN_WAY:
+        return "With equal epochs, each spent its own way (the ramp, or one pruning before the first epoch)"
+    return f"With {equal}"
+
+
 def _points(row) -> str:
     return f"{100 * row.difference:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
 
@@ -228,14 +256,15 @@ def tell_prunings(frame: pd.DataFrame | None, target: float) -> str:
         return missing
     found, sentences = prunings_against_one(last_epochs(frame, target)), []
     for equal, rows in found.groupby("equal", sort=False):
-        apart = [f"{row.a} ({_points(row)})" for row in rows.itertuples() if row.differs]
-        rest = [f"{row.a} ({_points(row)})" for row in rows.itertuples() if not row.differs]
-        told = f"With {equal}, at {target:.0%}:"
-        if apart:
-            told += f" {', '.join(apart)} {'differs' if len(apart) == 1 else 'differ'} from one pruning"
-        if rest:
-            told += f"{';' if apart else ''} {', '.join(rest)} cannot be told apart from one pruning"
-        sentences.append(told + ".")
+        verdicts = {"these beat one pruning": rows.larger == rows.a, "these lose to it": rows.larger == rows.b}
+        verdicts["these cannot be told apart from it"] = ~rows.differs.astype(bool)
+        told = [
+            f"{words}: {', '.join(f'{row.a} ({_points(row)})' for row in rows[chosen].itertuples())}"
+            for words, chosen in verdicts.items()
+            if chosen.any()
+        ]
+        told = "; ".join(told).replace(" it:", " one pruning:", 1) if "beat" not in told[0] else "; ".join(told)
+        sentences.append(f"{_design_told(equal)}, at {100 * target:.0f} %, {told}.")
     return " ".join(sentences)
 
 
@@ -245,10 +274,10 @@ def tell_gradual(frame: pd.DataFrame | None) -> str:
         return missing
     found, sentences = gradual_against_instant(last_epochs(frame)), []
     for equal, rows in found.groupby("equal", sort=False):
-        apart = [f"{row.larger} is better at {row.sparsity:.0%} (gradual minus instant {_points(row)})"
+        apart = [f"{row.larger} is better at {100 * row.sparsity:.0f} % (gradual minus instant {_points(row)})"
                  for row in rows.itertuples() if row.differs]  # fmt: skip
-        rest = [f"{row.sparsity:.0%}" for row in rows.itertuples() if not row.differs]
-        told = f"With {equal}: {'; '.join(apart)}" if apart else f"With {equal}:"
+        rest = [f"{100 * row.sparsity:.0f} %" for row in rows.itertuples() if not row.differs]
+        told = f"{_design_told(equal)}: {'; '.join(apart)}" if apart else f"{_design_told(equal)}:"
         if rest:
             told += f"{';' if apart else ''} the two cannot be told apart at {', '.join(rest)}"
         sentences.append(told + ".")

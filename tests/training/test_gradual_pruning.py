@@ -237,7 +237,7 @@ def test_gradual_sparsity_refuses_when_it_is_made(options, message):
 def test_a_study_that_still_runs_has_no_comparison():
     from pruneutils import studies
 
-    rows = [("ramp", 0, "ramp"), ("restarts", 1, "1 pruning")]
-    frame = pd.DataFrame(rows, columns=["design", "prunings", "arm"]).assign(test_accuracy=0.8, seed=0)
+    rows = [("ramp", 0, "ramp"), ("restarts", 2, "2 prunings")]
+    frame = pd.DataFrame(rows, columns=["design", "prunings", "arm"]).assign(test_accuracy=0.8, seed=0, target=0.95)
     frame["equal"] = frame.design.map(studies.LABELS)
     assert studies.prunings_against_one(frame).empty
