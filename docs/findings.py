@@ -47,12 +47,6 @@ def interval(row: pd.Series, form: str = "{:.1f}", scale: float = 100) -> str:
     return f"{mean} % [{low}, {high}]"
 
 
-def first_sentence(text: str) -> str:
-    """Return the first sentence of a longer answer."""
-    head, dot, _ = text.partition(". ")
-    return head + dot.strip()
-
-
 @finding("one_shot_imagenet")
 def robustness_is_in_the_statistics() -> str | None:
     """What recalibrated batch norm gives back, and what is then left of the larger network's robustness."""
@@ -82,13 +76,23 @@ def robustness_is_in_the_statistics() -> str | None:
 
 @finding("gradual_pruning")
 def several_prunings() -> str | None:
-    """Several prunings against one, at the target that most runs have."""
+    """Many prunings against one in three comparisons, at the target at which most arms ran."""
     frame = recorded("prune_adapted")
     if frame is None or frame.seed.nunique() < _FEWEST:
         return None
-    target = frame.target.mode().iloc[0]
-    told = first_sentence(studies.tell_prunings(frame, target))
-    return f"**Several prunings or one?** {told} (mean paired difference, {frame.seed.nunique()} seeds, {on(frame)})."
+    target = frame[frame.design != "dense"].target.mode().iloc[0]
+    rows = studies.prunings_against_one(studies.last_epochs(frame, target)).set_index(["equal", "a"])
+    high = studies.gradual_against_instant(studies.last_epochs(frame)).set_index(["equal", "sparsity"])
+    last = high.loc[studies.OWN_WAY].index.max()
+    most = f"{frame[frame.design == 'restarts'].prunings.max()} prunings"
+    return (
+        f"**Whether many prunings beat one depends on what is held equal.** A ResNet-20 loses {percent(target, 0)} of "
+        f"its weights within {frame.epoch.max()} epochs. If both train equally long, {most} minus one are "
+        f"{points(rows.loc[('equal total', most)])}; if both recover equally long, "
+        f"{points(rows.loc[('equal recovery', most)])}. Each its own way, a ramp minus one pruning before the first "
+        f"epoch is {points(rows.loc[(studies.OWN_WAY, 'ramp')])}, and {points(high.loc[(studies.OWN_WAY, last)])} at "
+        f"{percent(last, 0)} ({frame.seed.nunique()} seeds, {on(frame)})."
+    )
 
 
 @finding("pruning_at_initialization")
@@ -103,7 +107,13 @@ def better_than_random() -> str | None:
         return None
     rows = studies.answers(chosen, "is it better than random?")
     told = "; ".join(studies.in_words(row) for _, row in rows.iterrows())
-    return f"**Before training, with 10 % of the weights:** {told} ({chosen.seed.nunique()} seeds, {on(chosen)})."
+    epochs = (chosen.pre_epochs + chosen.epoch).iloc[0]
+    if (chosen[chosen.method == "random"].accuracy < chosen.commonest.max() + 0.02).all():
+        told += ". Random pruning leaves the network at chance"
+    return (
+        f"**Before training, with 10 % of the weights:** {told} ({chosen.network.iloc[0]} after {epochs} epochs, "
+        f"{chosen.seed.nunique()} seeds, {on(chosen)})."
+    )
 
 
 @finding("grasp_threshold_debug")
@@ -127,6 +137,27 @@ def threshold_sticks() -> str | None:
         f"**A threshold cannot divide ties.** Asked for {asked}, the published GraSP rule removes {told} of the "
         f"weights of a ResNet-10, since {percent(runs.zero.mean())} of the scores are exactly zero "
         f"({frame.seed.nunique()} seeds, {on(frame)})."
+    )
+
+
+@finding("filter_pruning")
+def filters_against_random() -> str | None:
+    """How many measures of a filter's importance beat chance, at equal work."""
+    frame = recorded("filter_pruning")
+    if frame is None:
+        return None
+    runs = studies.removed_runs(frame)
+    runs = runs[(runs.rounds == 0) & (runs.ratio == 0.5) & (runs.of == "macs") & (runs.state == "fine-tuned")]
+    if runs.empty or runs.groupby("importance").seed.nunique().min() < _FEWEST:
+        return None
+    rows = studies.against_random(runs).sort_values("difference")
+    better, worse = (rows[rows.differs & (rows.larger == (rows.a if up else rows.b))] for up in (True, False))
+    worst, best = rows.iloc[0], rows.iloc[-1]
+    return (
+        "**Not every measure of a filter's importance beats chance.** With half of the multiply-accumulates of a "
+        f"ResNet-20 removed and a short fine-tuning, {len(better)} of {len(rows)} measures beat "
+        f"removing filters at random, and {len(worse)} lose to it: `{best.a}` minus random is {points(best)}, "
+        f"`{worst.a}` minus random {points(worst)} (one network, {runs.seed.nunique()} orders, {on(runs)})."
     )
 
 
@@ -199,6 +230,11 @@ def synflow_wants_iterations() -> str | None:
         f"{flow.layer.nunique()} layers in each of {len(empty)} seeds. {several.iterations.iloc[0]} steps leave at "
         f"least {several.kept.min():,} weights in every layer."
     )
+
+
+def points(row: pd.Series) -> str:
+    """Write a difference of `statistics.compare` with its interval: +7.0 points [+6.2, +7.8]."""
+    return f"{100 * row.difference:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
 
 
 def percent(fraction: float, decimals: int = 1) -> str:

@@ -24,7 +24,7 @@ from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
 import pruneutils as pu  # noqa: E402
-from pruneutils import plots  # noqa: E402
+from pruneutils import plots, studies  # noqa: E402
 from pruneutils.plots.panel import draw_panel  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +145,13 @@ OVERLAP = pd.DataFrame(
 )
 SCORES = torch.cat([torch.zeros(4000), 1e-7 * torch.randn(900).exp(), -1e-7 * torch.randn(900).exp()])
 
+COURSES = studies.courses([1, 2, 8, 0], 0.95, 8, points=41)
+COURSE_RUNS = pd.DataFrame(
+    {"epoch": epoch, "arm": arm, "equal": equal, "seed": seed, "test_accuracy": 0.5 + epoch / 20 + seed / 100}
+    for arm, equal in [*COURSES[["arm", "equal"]].drop_duplicates().itertuples(index=False), ("dense", None)]
+    for epoch in range(1, 9)
+    for seed in range(3)
+)
 PICTURES = {
     "waterfall of 3": histograms(LENET300),
     "waterfall, all empty": histograms(LENET300, LENET300),
@@ -189,6 +196,7 @@ PICTURES = {
         {f"{n}x{n} ({i})": torch.full((n, n), 0.1 * (i + 1)) for i, n in enumerate((1, 3, 1, 3, 5, 1))}, **o),
     "stuck threshold": lambda **o: plots.stuck_threshold(SCORES, 0.5, **o),
     "threshold at the end": lambda **o: plots.stuck_threshold(SCORES, 0.999, **o),
+    "courses": lambda **o: plots.pruning_courses(COURSES, COURSE_RUNS, title="Pruned while it trains", **o).axes[0],
 }  # fmt: skip
 
 

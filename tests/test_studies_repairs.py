@@ -88,6 +88,11 @@ def test_grids_hold_each_run_once():
     assert unique(grid) and {config["seed"] for config in grid[:10]} == {0}
     at_90 = {(config["design"], config["prunings"]) for config in grid if config["target"] == 0.9}
     assert len(at_90) == 9  # each arm but dense
+    scratch = studies.from_scratch_grid(range(5), device="cuda")
+    assert unique(scratch) and all(config["device"] == "cuda" for config in scratch)
+    densities = {round(1 - 10 ** -config["compression"], 4) for config in scratch if config["method"] != "dense"}
+    assert densities == set(studies.FRANKLE)
+    assert unique(studies.from_scratch_filters_grid(range(5)))
 
 
 def test_measures_are_compared_at_equal_work(digits):
@@ -121,3 +126,40 @@ def test_a_measure_is_told_from_random_only_with_five_seeds():
     assert "`l1` is best" in told and "1 of 2 measures beat random" in told and "Worse than random: `grasp`" in told
     assert "no verdict" in studies.tell_filters(frame[frame.seed < 3], 0.5, "macs")
     assert "between +1.00 and +1.00" in studies.tell_flow(frame, 0.5, "macs")
+
+
+def finals(*arms, seeds=range(5)):
+    """The last epoch of runs: (design, prunings, target, accuracy), a little more of it with each seed."""
+    rows = [(*arm, seed) for arm in arms for seed in seeds]
+    frame = pd.DataFrame(rows, columns=["design", "prunings", "target", "test_accuracy", "seed"])
+    frame = frame.assign(test_accuracy=frame.test_accuracy + frame.seed * frame.prunings.add(1) / 1e4, epoch=8)
+    return studies.last_epochs(frame.assign(status="done"))
+
+
+def test_what_survives_each_design_is_told():
+    arms = [("restarts", 1, 0.9, 0.80), ("restarts", 8, 0.9, 0.78), ("recovery", 1, 0.9, 0.70), ("ramp", 0, 0.9, 0.81)]
+    final = finals(*arms, ("dense", 0, 0.0, 0.9))
+    found = studies.gradual_against_instant(final).set_index("equal").difference.round(2)
+    assert found.to_dict() == {"equal total": -0.02, "equal recovery": 0.11, studies.OWN_WAY: 0.01}
+    found = studies.prunings_against_one(final).set_index(["equal", "a"]).difference.round(2)
+    expected = {("equal total", "8 prunings"): -0.02, ("equal recovery", "ramp"): 0.11, (studies.OWN_WAY, "ramp"): 0.01}
+    assert found.to_dict() == expected
+
+
+def test_an_arm_that_lacks_a_seed_is_not_compared():
+    final = finals(("restarts", 1, 0.9, 0.8), ("restarts", 8, 0.9, 0.78), ("restarts", 1, 0.5, 0.9))
+    late = finals(("restarts", 8, 0.5, 0.91), seeds=range(4))
+    found = studies.gradual_against_instant(pd.concat([final, late], ignore_index=True))
+    assert found.sparsity.tolist() == [0.9]
+
+
+def test_courses_are_those_that_training_takes():
+    courses = studies.courses([1, 2, 0], 0.75, 8, points=9)
+    steps = {key: rows.sparsity.round(2).tolist() for key, rows in courses.groupby(["equal", "arm"])}
+    assert steps["equal total", "1 pruning"] == [0.75] * 9
+    assert steps["equal total", "2 prunings"] == [0.5] * 4 + [0.75] * 5
+    assert steps["equal recovery", "1 pruning"] == [0.0] * 4 + [0.75] * 5
+    assert steps["equal recovery", "2 prunings"] == [0.0] * 2 + [0.5] * 2 + [0.75] * 5
+    assert steps["equal recovery", "ramp"] == [0.0, 0.43, 0.66, 0.74] + [0.75] * 5  # 1 - (1 - t)^3, t over half the way
+    rates = courses[courses.arm == "2 prunings"].groupby("equal")["learning rate"].apply(list)
+    assert rates["equal total"][0] == rates["equal total"][4] == 1 and rates["equal recovery"][4] == 0.5

@@ -246,8 +246,13 @@ def headline(runs: pd.DataFrame) -> str:
     chosen = runs[(runs.control == "none") & runs.compression.isin([0, 1])]
     means = 100 * chosen.groupby("method").accuracy.mean().sort_values(ascending=False)
     epochs, seeds = (runs.pre_epochs + runs.epoch).iloc[0], chosen.seed.nunique()
-    told = f"**With 10 % of the weights, after {epochs} epochs on {runs.data.iloc[0]}** (mean of {seeds} seeds): "
-    told += ", ".join(f"{name} {mean:.1f} %" for name, mean in means.items()) + ".\n\n"
+    of = f"{runs.network.iloc[0]} with 10 % of its weights, after {epochs} epochs on {runs.data.iloc[0]}"
+    told = f"**{of}** (mean of {seeds} seeds): {', '.join(f'{name} {mean:.1f} %' for name, mean in means.items())}."
+    stuck = chosen[chosen.accuracy < chosen.commonest + 0.02].groupby("method").seed.nunique()
+    if len(stuck):
+        arms = ", ".join(f"{name} in {n} of {seeds} seeds" for name, n in stuck.items())
+        told += f" At the share of the commonest class, that is, untrained: {arms}."
+    told += "\n\n"
     rows = answers(chosen, "is it better than random?")
     told += "**Against random pruning:** " + "; ".join(in_words(row) for _, row in rows.iterrows()) + "."
     if runs.control.nunique() > 1:

@@ -243,8 +243,9 @@ def filters_from_scratch(
 ) -> list[dict]:  # fmt: skip
     """Train a network, remove its filters in rounds on the way, and train it to the end, with the original's settings.
 
-    Only the lengths differ: the original has 25 rounds and 160 epochs. SGD with momentum 0.9, weight decay 1e-4, batches of 128; an epoch before each removal at a learning rate of 0.1;
-    then 0.1 that falls to a tenth after half of the remaining epochs and to a hundredth after three quarters.
+    Only the lengths differ: the original has 25 rounds and 160 epochs. SGD with momentum 0.9, weight decay 1e-4,
+    batches of 128; an epoch before each removal at a learning rate of 0.1; then 0.1 that falls to a tenth after half of
+    the remaining epochs and to a hundredth after three quarters.
 
     Args:
         network: "vgg13_relu_bn", "mobilenet_v1" or "resnet56_b".

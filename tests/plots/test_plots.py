@@ -428,6 +428,22 @@ def test_differences_need_no_x_and_take_names():
     plots.differences(runs(sparsities=(0.9,)), x=None).figure.draw_without_rendering()
     named = runs(sparsities=(0.9,)).assign(network="VGG-16")
     assert [t.get_text() for t in plots.differences(named, x="network").get_xticklabels()] == ["VGG-16"]
+    both = pd.concat([named, named.assign(network="LeNet-5")])  # words stay in their order
+    assert [t.get_text() for t in plots.differences(both, x="network").get_xticklabels()] == ["VGG-16", "LeNet-5"]
+
+
+def test_courses_stand_above_the_accuracy_and_dense_runs_in_every_column():
+    courses = pd.DataFrame({"epoch": [0, 1, 2], "sparsity": [0, 0.5, 0.9], "learning rate": [1, 0.5, 0]})
+    courses = pd.concat([courses.assign(arm=f"{n} prunings", equal=equal) for n, equal in ((2, "total"), (4, "rest"))])
+    runs = pd.DataFrame({"epoch": [1, 2], "test_accuracy": [0.8, 0.7]})
+    arms = [("2 prunings", "total"), ("4 prunings", "rest"), ("dense", None)]
+    runs = pd.concat([runs.assign(arm=arm, equal=equal, seed=0) for arm, equal in arms])
+    axes = np.reshape(plots.pruning_courses(courses, runs).axes, (3, 2))
+    assert [ax.get_title("left") for ax in axes[0]] == ["total", "rest"]
+    assert [len(ax.lines) for ax in axes.T.flat] == [1, 1, 2, 1, 1, 2]
+    assert axes[0, 1].lines[0].get_ydata().tolist() == [0, 0.5, 0.9]
+    with pytest.raises(ValueError, match="no column 'arm'"):
+        plots.pruning_courses(courses, runs.drop(columns="arm"))
 
 
 # --- Scores ----------------------------------------------------------------------------------------------------------
