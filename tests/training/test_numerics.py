@@ -14,7 +14,7 @@ import pruneutils as pu
 from pruneutils import _torch
 
 
-def test_what_the_probe_answers_changes_nothing_unless_asked_for(monkeypatch):
+def test_what_the_cpu_can_changes_nothing_unless_asked_for(monkeypatch):
     def never(device_type):
         raise AssertionError("asked for although precision is float32")
 
@@ -22,6 +22,26 @@ def test_what_the_probe_answers_changes_nothing_unless_asked_for(monkeypatch):
     pu.fit(net(), samples(), samples(), epochs=1)
     pu.gradual(net(), samples(), samples(), sparsities=[0.5])
     pu.lottery_ticket(net(), samples(), samples(), rounds=1, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed", "pays"),
+    [
+        ({}, None, False),
+        ({"_is_avx512_bf16_supported"}, None, True),
+        ({"_is_amx_tile_supported"}, "DEFAULT", True),
+        ({"_is_avx512_bf16_supported"}, "avx512_core_bf16", True),
+        ({"_is_avx512_bf16_supported", "_is_amx_tile_supported"}, "AVX2", False),
+        ({"_is_avx512_bf16_supported"}, "AVX512_CORE_VNNI", False),
+    ],
+)
+def test_bfloat16_is_looked_up_and_not_measured(monkeypatch, flags, allowed, pays):
+    for flag in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, flag, lambda flag=flag: flag in flags, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if allowed:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
+    assert _torch.bfloat16_pays("cpu") is pays and _torch.bfloat16_pays("cuda")
 
 
 TRAINING = """
