@@ -20,6 +20,7 @@ from torch import nn
 import pruneutils as pu
 from pruneutils._masks.mask import MASKS
 from pruneutils.costs import cost
+from pruneutils.plots.look import contrast
 from pruneutils.pruning import criteria, granularities
 from pruneutils.widgets import SparsityExplorer, explorer, sparsity_explorer, trial, words
 
@@ -296,6 +297,12 @@ def test_collapse_and_ties_light_up():
     lit = [tied, collapsed, sparsity_explorer(network(), DATA).image.value]
     assert [count_pixels(png, words.TIE) > 50 for png in lit] == [True, False, False]
     assert [count_pixels(png, words.ALARM) > 50 for png in lit] == [False, True, False]
+
+
+def test_lines_that_warn_stand_out_from_what_is_behind_them():
+    for ink in (words.ALARM, words.TIE):
+        assert f"color: {ink}; background: #fff" in words.line("a layer is empty", ink)
+        assert contrast(ink, "#fff") >= 4.5, ink
 
 
 def count_pixels(png, colour):
