@@ -121,3 +121,42 @@ def show_three_curves(page: Any) -> None:
         criterion.select_option(label=name)
         panel(page).get_by_text("on all 1,000 images").first.wait_for()
         page.wait_for_timeout(12_000)
+
+
+_FAINT = """() => {
+    const brush = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+    const mixed = (colors, last = 1) => {
+        brush.clearRect(0, 0, 1, 1);
+        colors.forEach((color, i) => {
+            brush.globalAlpha = i == colors.length - 1 ? last : 1;
+            brush.fillStyle = color;
+            brush.fillRect(0, 0, 1, 1);
+        });
+        return [...brush.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const bright = rgb => rgb.reduce((sum, c, i) => sum + linear(c / 255) * [0.2126, 0.7152, 0.0722][i], 0.05);
+    const found = new Map(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const at = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
+        const shown = at.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+        if (!text || !shown || at.closest('script, style, .headerlink')) continue;
+        const style = getComputedStyle(at), behind = ['#fff'], parents = [];
+        for (let e = at; e; e = e.parentElement) parents.unshift(getComputedStyle(e));
+        behind.push(...parents.map(parent => parent.backgroundColor));
+        const opacity = parents.reduce((product, parent) => product * parent.opacity, 1);
+        const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+        const [ink, canvas] = [mixed([...behind, style.color], opacity), mixed(behind)].map(bright);
+        const contrast = Math.max(ink, canvas) / Math.min(ink, canvas);
+        if (contrast < (large ? 3 : 4.5)) {
+            const kind = `${at.tagName}.${at.className} ${style.color}`;
+            found.set(kind, `${contrast.toFixed(2)} ${kind}: ${text.slice(0, 40)}`);
+        }
+    }
+    return [...found.values()];
+}"""
+
+
+def faint_texts(page: Any) -> list[str]:
+    """Return the texts of a page, one of each kind, whose contrast is less than WCAG's 4.5, or 3 for large letters."""
+    return page.evaluate(_FAINT)

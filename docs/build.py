@@ -5,6 +5,7 @@ docstrings, the results from results/, and an explorer of recorded frames. Then 
 """
 
 import argparse
+import hashlib
 import html
 import inspect
 import json
@@ -35,8 +36,9 @@ def main() -> None:
     for folder in (pages, site):
         shutil.rmtree(folder, ignore_errors=True)
     (pages / "notebooks").mkdir(parents=True)
-    shutil.copytree(ROOT / "images", pages / "images")
-    shutil.copy(ROOT / "docs/pruneutils.css", pages)
+    shutil.copytree(ROOT / "images", pages / "images", ignore=shutil.ignore_patterns("*.svg"))  # no page shows these
+    for name in ("pruneutils.css", "pruneutils.js"):
+        shutil.copy(ROOT / "docs" / name, pages)
     (pages / "index.md").write_text(front_page())
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         (pages / "notebooks" / path.name).write_text(json.dumps(for_the_site(json.loads(path.read_text()))))
@@ -57,8 +59,11 @@ def main() -> None:
     ]
     build(load_config(str(ROOT / "docs/mkdocs.yml"), nav=nav, docs_dir=str(pages), site_dir=str(site)))
     for page in (site / "notebooks").glob("*.html"):
-        describe_pictures(page)
-    print(f"{site}: {sum(1 for _ in site.rglob('*.html'))} pages")
+        page.write_text(shared_styles(without_foreign_scripts(described(page.read_text())), page.parent))
+    for path in site.rglob("*.map"):  # of scripts that nobody debugs here
+        path.unlink()
+    size = sum(path.stat().st_size for path in site.rglob("*") if path.is_file())
+    print(f"{site}: {sum(1 for _ in site.rglob('*.html'))} pages, {size / 1e6:.1f} MB")
 
 
 # --- Words -----------------------------------------------------------------------------------------------------------
@@ -97,18 +102,37 @@ def for_the_site(notebook: dict) -> dict:
             if "text/markdown" in data:
                 data["text/markdown"] = linked("".join(data["text/markdown"]))
         cell["source"] = source
+        cell["metadata"] = {}  # tags are for tests, and would be shown above the code
     return notebook
 
 
-def describe_pictures(page: Path) -> None:
+def described(page: str) -> str:
     """Name the section of each picture that code has drawn, in a notebook's page: nbconvert does not describe it."""
-    section, parts = "", re.split(r"(<h[1-6][^>]*>.*?</h[1-6]>)", page.read_text(), flags=re.S)
+    section, parts = "", re.split(r"(<h[1-6][^>]*>.*?</h[1-6]>)", page, flags=re.S)
     for i, part in enumerate(parts):
         if i % 2:
             section = html.escape(re.sub(r"<[^>]+>|¶|&para;", "", part).strip(), quote=True)
         said = f'alt="Picture drawn by the code above it, in the section: {section}"'
         parts[i] = part.replace('alt="No description has been provided for this image"', said)
-    page.write_text("".join(parts))
+    return "".join(parts)
+
+
+def without_foreign_scripts(page: str) -> str:
+    """Leave out nbconvert's scripts for diagrams and for TeX: they would load others from elsewhere."""
+    foreign = re.compile(r"mermaid|mathjax|<script src=\"\">", flags=re.I)
+    keep = lambda found: "" if foreign.search(found[0]) else found[0]  # noqa: E731
+    return re.sub(r"<script[^>]*>.*?</script>", keep, page, flags=re.S)
+
+
+def shared_styles(page: str, folder: Path) -> str:
+    """Put a style sheet of half a megabyte, which nbconvert writes into every page, into one file beside the pages."""
+
+    def moved(found):
+        name = f"style-{hashlib.sha256(found[1].encode()).hexdigest()[:8]}.css"
+        (folder / name).write_text(found[1])
+        return f'<link rel="stylesheet" href="{name}">'
+
+    return re.sub(r"<style[^>]*>((?:(?!</style>).){100000,})</style>", moved, page, flags=re.S)
 
 
 def linked(text: str) -> str:
@@ -173,15 +197,18 @@ def results_page() -> str:
                 "seeds": done.seed.nunique() if "seed" in done else "",
                 "data": told(done, "data"),
                 "device": told(done, "run_device"),
-                "hours": f"{runs.run_seconds.sum() / 3600:.1f}",
+                "hours": f"{runs.run_seconds.sum() / 3600:.2g}",
                 "commit": told(done, "run_commit"),
             }
         )
         own = [c for c in runs.columns if not c.startswith("run_") and runs[c].map(pd.api.types.is_scalar).all()]
         own = [c for c in own if runs[c].nunique() > 1] or own
         shown = runs[own].tail(_SHOWN)
-        parts.append(f"\n## {folder.name} {{ #{folder.name} }}\n\n{len(shown)} of {len(runs)} runs; of runs that have ")
-        parts.append(f"several rows, the last one.\n\n{table(shown)}\n")
+        count = f"The last {_SHOWN} of {len(runs)} runs" if len(runs) > _SHOWN else f"All runs ({len(runs)})"
+        parts.append(
+            f"\n## {folder.name} {{ #{folder.name} }}\n\n{count}. Of a run with several rows, this is the last "
+        )
+        parts.append(f"row.\n\n{table(shown)}\n")
     head = "# Results\n\nWhat is recorded in `results/`, written only by the experiment runner; the notebooks draw "
     return head + "their pictures from these rows.\n\n" + table(pd.DataFrame(rows)) + "\n" + "".join(parts)
 
@@ -205,9 +232,8 @@ def explorer_page(folder: Path, n: int) -> str:
     """Record the panel for three criteria at `n` sparsities, and return a page whose slider shows these frames."""
     from record import trained_panel
 
-    folder.mkdir(parents=True)
     places = [round(i / (n - 1) * 0.99, 3) for i in range(n)]
-    panel, said = trained_panel(), {}
+    panel, said, seen = trained_panel(), {}, {}
     for criterion in CRITERIA:
         panel.criterion.value = criterion
         panel.curve()
@@ -215,18 +241,26 @@ def explorer_page(folder: Path, n: int) -> str:
         panel.criterion.value = criterion
         for i, place in enumerate(places):
             panel.slider.value = place
-            image = panel.frame("light", slider=False)
-            image = image.resize((1080, round(image.height * 1080 / image.width)))
-            image.save(folder / f"{criterion}_{i}.webp", quality=70, method=2)
+            for style in ("light", "dark"):
+                image = panel.frame(style, slider=False)
+                image = image.resize((1080, round(image.height * 1080 / image.width)))
+                (folder / style).mkdir(parents=True, exist_ok=True)
+                image.save(folder / style / f"{criterion}_{i}.webp", quality=70, method=2)
             lines = re.sub(r"<[^>]+>", " ", panel.text.value.replace("<br>", "; "))
-            said[f"{criterion}_{i}"] = re.sub(r"\s+", " ", lines).strip()
+            said[f"{criterion}_{i}"] = re.sub(r"\s+", " ", lines).replace(" ;", ";").replace(" :", ":").strip()
+            seen[f"{criterion}_{i}"] = described_frame(criterion, place, panel)
     radios = "".join(
         f'<label><input type="radio" name="criterion" value="{name}"{" checked" if name == CRITERIA[0] else ""}> {name}'
         "</label>"
         for name in CRITERIA
     )
     start = max(i for i, place in enumerate(places) if place <= 0.9)
-    return f"""# Sparsity explorer
+    first = f"{CRITERIA[0]}_{start}"
+    return f"""---
+hide: [navigation, toc]
+---
+
+# Sparsity explorer
 
 This is a recording of [the explorer](notebooks/sparsity_explorer.ipynb) on LeNet-300-100, trained for six epochs on the
 embedded digits: three criteria at {n} sparsities. In a notebook the same panel takes any network, and every choice.
@@ -235,25 +269,33 @@ embedded digits: three criteria at {n} sparsities. In a notebook the same panel 
 <fieldset><legend>criterion</legend>{radios}</fieldset>
 <label for="sparsity">sparsity <output id="said" for="sparsity">{places[start]:.1%}</output></label><br>
 <input type="range" id="sparsity" min="0" max="{n - 1}" step="1" value="{start}" aria-valuetext="{places[start]:.1%}">
-<img id="frame" width="1080" src="frames/{CRITERIA[0]}_{start}.webp" alt="{said[f"{CRITERIA[0]}_{start}"]}">
+<p id="numbers" role="status">{said[first]}</p>
+<div class="frame"><picture>
+<source id="dark" media="(prefers-color-scheme: dark)" srcset="frames/dark/{first}.webp">
+<img id="frame" width="1080" src="frames/light/{first}.webp" alt="{seen[first]}">
+</picture></div>
 </div>
 
 <script>
 (() => {{
-  const places = {json.dumps(places)}, said = {json.dumps(said)};
+  const places = {json.dumps(places)}, said = {json.dumps(said)}, seen = {json.dumps(seen)};
   const slider = document.getElementById("sparsity"), image = document.getElementById("frame");
-  const kept = {{}};
-  const load = key => kept[key] ??= Object.assign(new Image(), {{ src: `frames/${{key}}.webp` }});
+  const dark = document.getElementById("dark"), kept = {{}};
+  const address = (style, key) => `frames/${{style}}/${{key}}.webp`;
+  const load = source => kept[source] ??= Object.assign(new Image(), {{ src: source }});
   const show = () => {{
     const key = document.querySelector("input[name=criterion]:checked").value + "_" + slider.value;
     const told = (100 * places[slider.value]).toFixed(1) + "%";
-    image.src = load(key).src;
-    image.alt = said[key];
+    dark.srcset = address("dark", key);
+    image.src = address("light", key);
+    image.alt = seen[key];
     document.getElementById("said").textContent = told;
+    document.getElementById("numbers").textContent = said[key];
     slider.setAttribute("aria-valuetext", told);
+    const style = matchMedia(dark.media).matches ? "dark" : "light";
     for (const near of [-1, 1, 2]) {{
       const next = Math.min(Math.max(+slider.value + near, 0), places.length - 1);
-      load(key.replace(/\\d+$/, next));
+      load(address(style, key.replace(/\\d+$/, next)));
     }}
   }};
   slider.addEventListener("input", show);
@@ -262,6 +304,16 @@ embedded digits: three criteria at {n} sparsities. In a notebook the same panel 
 }})();
 </script>
 """
+
+
+def described_frame(criterion: str, place: float, panel) -> str:
+    """Return what is seen on a frame beside the numbers: the place on the curve, and the share of each layer."""
+    table = panel._trial.table(panel.masks)
+    shares = ", ".join(f"{row.layer} {pu.plots.percent(row.kept / row.total)}" for row in table.itertuples())
+    return (
+        f"Above, the curve of accuracy over sparsity for {criterion} with a dot at {place:.1%}. Below, the weights "
+        f"that are left in each layer as histograms, and as bars the share that each layer keeps: {shares}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Record the pictures of the explorer that README, notebook and site show, from the panel itself.
 
-    python docs/record.py film     images/sparsity_explorer.gif: the slider from 0 to 99 %
-    python docs/record.py asked    images/grasp_threshold_debug.gif: a share asked for beside which the threshold sticks
+    python docs/record.py film     images/sparsity_explorer*.gif: the slider from 0 to 99 %, light and dark
+    python docs/record.py asked    images/grasp_threshold_debug*.gif: a share asked for, and the threshold that sticks
     python docs/record.py synflow  images/pruning_at_initialization.gif: SynFlow in one step beside many, layer by layer
     python docs/record.py panel    images/sparsity_explorer_panel*.png: the panel in JupyterLab, light and dark
 
@@ -16,6 +16,7 @@ import pruneutils as pu
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "images"
+STYLES = {"light": "", "dark": "_dark"}  # and what files are called
 
 
 def trained_panel(style: str = "light", epochs: int = 6):
@@ -26,20 +27,23 @@ def trained_panel(style: str = "light", epochs: int = 6):
     return pu.widgets.sparsity_explorer(model, test, train.batch(256), sparsity=0.0, subset=1000, style=style)
 
 
-def film(path: Path = IMAGES / "sparsity_explorer.gif", width: int = 840) -> None:
-    """Write the slider's way from 0 to 99 % as an animated GIF."""
+def film(width: int = 840) -> None:
+    """Write the slider's way from 0 to 99 % as animated GIFs."""
     from PIL import Image
 
     panel = trained_panel()
     panel.curve()
     places = [*(i / 40 for i in range(32)), *(0.8 + i / 100 for i in range(20))]
-    frames = []
+    frames = {style: [] for style in STYLES}
     for place in places:
         panel.slider.value = place
-        whole = panel.frame("light")
-        frames.append(whole.resize((width, round(whole.height * width / whole.width)), Image.Resampling.LANCZOS))
-    stay = [800, *[90] * (len(frames) - 2), 2500]  # milliseconds
-    write_gif(path, frames, stay)
+        for style in STYLES:
+            whole = panel.frame(style)
+            size = width, round(whole.height * width / whole.width)
+            frames[style].append(whole.resize(size, Image.Resampling.LANCZOS))
+    stay = [800, *[90] * (len(places) - 2), 2500]  # milliseconds
+    for style, suffix in STYLES.items():
+        write_gif(IMAGES / f"sparsity_explorer{suffix}.gif", frames[style], stay)
 
 
 def write_gif(path: Path, frames: list, milliseconds: list[int]) -> None:
@@ -80,15 +84,16 @@ def asked() -> None:
     found = pu.scores(model, "grasp", (inputs, labels), train_mode=True)
     scores = torch.cat([-score.flatten() for score in found.values()])
     places = [0.0, 0.01, 0.02, *(i / 20 for i in range(1, 20)), 0.97, 0.979, 0.98, 0.99, 1.0]
-    frames = []
-    for place in places:
-        figure = plt.figure(figsize=(8.4, 2.6), layout="constrained")
-        title = "GraSP on resnet10t: the published rule, whatever it is asked for"
-        pu.plots.stuck_threshold(scores, place, title=title, ax=figure.add_subplot())
-        frames.append(image_of(figure))
-        plt.close(figure)
     stay = [1200 if place in (0.5, 0.97, 0.98) else 300 for place in places]
-    write_gif(IMAGES / "grasp_threshold_debug.gif", frames, stay)
+    title = "GraSP on resnet10t: the published rule, whatever it is asked for"
+    for style, suffix in STYLES.items():
+        frames = []
+        for place in places:
+            figure = plt.figure(figsize=(8.4, 2.6), layout="constrained")
+            pu.plots.stuck_threshold(scores, place, title=title, ax=figure.add_subplot(), style=style)
+            frames.append(image_of(figure))
+            plt.close(figure)
+        write_gif(IMAGES / f"grasp_threshold_debug{suffix}.gif", frames, stay)
 
 
 def synflow(steps: int = 100, shown: int = 40, compression: float = 2.0) -> None:
@@ -121,10 +126,10 @@ def panel() -> None:
     import browser
 
     with tempfile.TemporaryDirectory() as folder:
-        for style in ("light", "dark"):
+        for style, suffix in STYLES.items():
             with browser.notebook(ROOT / "notebooks/sparsity_explorer.ipynb", Path(folder) / style, style) as page:
                 browser.show_three_curves(page)
-                path = IMAGES / f"sparsity_explorer_panel{'_dark' if style == 'dark' else ''}.png"
+                path = IMAGES / f"sparsity_explorer_panel{suffix}.png"
                 browser.panel(page).screenshot(path=path)
                 print(path)
 

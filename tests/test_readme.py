@@ -68,8 +68,9 @@ def test_opens_with_what_a_person_gets():
     assert "![" not in README and "shields.io" not in README  # no badge that does not work
 
 
-def test_the_film_moves_and_is_small():
-    path = ROOT / "images/sparsity_explorer.gif"
+@pytest.mark.parametrize("style", ["", "_dark"])
+def test_the_film_moves_and_is_small(style):
+    path = ROOT / f"images/sparsity_explorer{style}.gif"
     with Image.open(path) as film:
         assert film.n_frames > 40 and film.width == 840
         first = film.convert("RGB").tobytes()

@@ -20,6 +20,7 @@ from torch import nn
 import pruneutils as pu
 from pruneutils._masks.mask import MASKS
 from pruneutils.costs import cost
+from pruneutils.plots.look import contrast
 from pruneutils.pruning import criteria, granularities
 from pruneutils.widgets import SparsityExplorer, explorer, sparsity_explorer, trial, words
 
@@ -103,6 +104,59 @@ def test_masks_are_those_of_prune_ties_included(
             for a, b in zip(panel._trial.network(panel.masks).parameters(), twin.parameters(), strict=True)
         )
     assert same(everything(model), before)
+
+
+class Attention(nn.Module):
+    """A transformer on the rows of the images; its attention keeps three projections in one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(self.encoder(inputs[:, 0]).mean(1))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+@pytest.mark.parametrize("criterion", ["magnitude", "snip"])
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+def test_the_projections_of_attention_compete_as_in_prune(undrawn, scope, criterion, granularity):
+    torch.manual_seed(0)
+    model = Attention()
+    with torch.no_grad():
+        model.encoder.self_attn.in_proj_weight[:8].mul_(0.1)  # together, the queries would lose nearly all
+    panel = sparsity_explorer(model, DATA, criterion=criterion, scope=scope, granularity=granularity)
+    for sparsity in (0.3, 0.5, 0.8):
+        panel.slider.value = sparsity
+        masks, _, _ = pruned(model, panel)
+        assert equal(panel.masks, masks)
+    if scope == "layer":
+        parts = panel.masks["encoder.self_attn.in_proj_weight"].chunk(3)
+        assert len({int(part.sum()) for part in parts}) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pu.LayerCollapseWarning)
+        pu.prune(model, criterion, 0.3, scope, granularity, data=panel.scoring_data)  # and on top of masks
+    panel.slider.value = 0.9
+    assert equal(panel.masks, pruned(model, panel)[0])
+
+
+def test_an_empty_projection_of_attention_is_told_as_prune_does():
+    torch.manual_seed(0)
+    model = Attention()
+    with torch.no_grad():
+        model.encoder.self_attn.in_proj_weight[:8].mul_(1e-4)
+        model.encoder.self_attn.in_proj_weight[8:16] = 1e-3
+    panel = sparsity_explorer(model, DATA, sparsity=0.18)
+    told = "encoder.self_attn.in_proj_weight[{}]"
+    assert f"collapsed, no weight is left: {told.format('q')}" in panel.text.value
+    assert list(panel.ties) == [told.format("k")] and f"({told.format('k')}: 64)" in panel.text.value
+    assert count_pixels(panel.image.value, words.TIE) > 50
+    assert panel._trial.collapse(panel.choice) == pytest.approx(64 / 536, abs=0.01)
+    with pytest.warns(pu.LayerCollapseWarning, match=r"1 of 7 layers .*in_proj_weight\[q\]"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pu.TiedScoresWarning)
+            pu.prune(model, sparsity=0.18)
 
 
 def test_two_of_four_has_no_slider():
@@ -243,6 +297,12 @@ def test_collapse_and_ties_light_up():
     lit = [tied, collapsed, sparsity_explorer(network(), DATA).image.value]
     assert [count_pixels(png, words.TIE) > 50 for png in lit] == [True, False, False]
     assert [count_pixels(png, words.ALARM) > 50 for png in lit] == [False, True, False]
+
+
+def test_lines_that_warn_stand_out_from_what_is_behind_them():
+    for ink in (words.ALARM, words.TIE):
+        assert f"color: {ink}; background: #fff" in words.line("a layer is empty", ink)
+        assert contrast(ink, "#fff") >= 4.5, ink
 
 
 def count_pixels(png, colour):

@@ -262,8 +262,8 @@ def tell_sizes(
     Returns:
         The sentences, with differences in percentage points and their 95 % intervals over images.
     """
-    told = "Before pruning, " + " and ".join(_share(images, name, "plain", "dense", 0.0) for name in pair)
-    told += " of the images are classified correctly."
+    before = " and ".join(_share(images, name, "plain", "dense", 0.0) for name in pair)
+    told = f"Accuracy before pruning: {before}."
     table = images[images.network.isin(pair)]
     for state, words in {"plain": "as they are", "recalibrated": "with batch norm recalibrated"}.items():
         here = table[(table.state == state) & (table.arm == arm) & (table.asked == asked)]

@@ -114,7 +114,8 @@ class SparsityExplorer:
         text: The numbers, HTML.
         box: The widget that holds all of these.
         masks: The masks of the present choice, None if it is not possible.
-        ties: {parameter name: number of weights that tie at its cut}.
+        ties: {parameter name: number of weights that tie at its cut}; an attention's projections have names of their
+            own, such as "in_proj_weight[q]".
     """
 
     def __init__(
@@ -325,7 +326,8 @@ class SparsityExplorer:
     def _draw(self, figure, style) -> Figure:
         note = f"dotted: {sum(self.ties.values()):,} scores tie at the cut"
         layers, table = self._trial.histograms(self.masks), self._trial.table(self.masks)
-        return draw_panel(figure, layers, table, map(layer_name, self.ties), note, style)
+        tied = [layer_name(part.partition("[")[0]) for part in self.ties]  # a picture has a row for a weight
+        return draw_panel(figure, layers, table, tied, note, style)
 
     def _draw_course(self):
         self.course.value = png(self._draw_course_on(self._course_canvas, self._style))
@@ -361,8 +363,7 @@ class SparsityExplorer:
         said = words.accuracy_line(reached, before, in_full)
         sizes = (macs, trial.empty.macs), (size, trial.empty.bytes)
         lines = words.numbers(masks.total - masks.kept, masks.total, said, *sizes)
-        collapsed = [name for name, mask in masks.items() if not mask.any()]
-        lines += words.warnings(collapsed, self.ties)
+        lines += words.warnings(trial.emptied(masks), self.ties)
         if self._wrong:
             lines.append(words.line(self._wrong, words.ALARM))
         self.text.value = words.told(lines)

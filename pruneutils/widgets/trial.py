@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .._prunable import join_parts, split_parts
 from ..costs import Cost, cost, cost_table
 from ..model_utils import (
     Masks,
@@ -21,7 +22,7 @@ from ..model_utils import (
     prunable_weights,
 )
 from ..plots.weights import BinnedWeights, LayerHistogram
-from ..pruning import criteria, plan
+from ..pruning import Plan, criteria, plan
 from ..pruning.granularities import Granularity
 from ..pruning.ranking import Ranking
 from ..pruning.repair import recalibrate
@@ -71,19 +72,29 @@ class Trial:
     # --- Masks -------------------------------------------------------------------------------------------------------
 
     def masks(self, choice: Choice) -> tuple[Masks, dict[str, int]]:
-        """Find the masks of a choice, as `prune` would, and {parameter name: number of weights that tie at its cut}."""
+        """Find the masks of a choice, as `prune` would, and {parameter name: number of weights that tie at its cut}.
+
+        Weights that hold several layers, such as the projections of attention, tie in parts: "in_proj_weight[q]".
+        """
         self.refresh()
-        contest = plan(self.model, choice.sparsity, choice.scope, choice.granularity, self.exclude)
-        keep, ties = {}, {}
+        contest = self._contest(choice)
+        alive, ties = dict(contest.present), {}
         for ranking, (_, target) in zip(self._rankings(choice.criterion, contest), contest.groups):
             n_units = ranking.cut(target)
-            keep |= ranking.masks(n_units)
+            for part, mask in ranking.masks(n_units).items():
+                mask = mask.to(contest.weights[part].device)
+                alive[part] = mask & alive[part] if part in alive else mask
             ties |= ranking.ties(n_units)
-        found = dict(self._present)
-        for name, mask in keep.items():
-            mask = mask.to(contest.weights[name].device)
-            found[name] = mask & found[name] if name in found else mask
+        found = self._present | join_parts(contest.whole, {part: alive[part] for part in contest.weights})
         return Masks({name: found[name] for name in self._products}), ties
+
+    def _contest(self, choice: Choice) -> Plan:
+        """Return who competes with whom, as in `prune`."""
+        return plan(self.model, choice.sparsity, choice.scope, choice.granularity, self.exclude, split=True)
+
+    def emptied(self, masks: Masks) -> list[str]:
+        """Return the names of the layers that have no weight left, those that share a weight one by one."""
+        return [name for name, mask in split_parts(self.model, masks).items() if not mask.any()]
 
     def collapse(self, choice: Choice) -> float | None:
         """Return the sparsity from which on a layer is empty, to a thousandth; None if none below 1 is."""
@@ -102,7 +113,7 @@ class Trial:
 
     def _empties(self, choice, sparsity) -> bool:
         try:
-            contest = plan(self.model, sparsity, choice.scope, choice.granularity, self.exclude)
+            contest = self._contest(choice._replace(sparsity=sparsity))
         except ValueError:  # less than a layer has already
             return False
         rankings = self._rankings(choice.criterion, contest)
@@ -117,7 +128,8 @@ class Trial:
         if key not in self._ranked:
             if criterion not in self._scores:
                 options = {"loss_fn": self.loss_fn, "seed": self.seed, "exclude": self.exclude}
-                self._scores[criterion] = criteria.scores(self.model, criterion, self.scoring_data, **options)
+                found = criteria.scores(self.model, criterion, self.scoring_data, **options)
+                self._scores[criterion] = split_parts(self.model, found)
                 self._seen = self._state()  # scoring writes buffers back
             self._ranked[key] = []
             for names, _ in contest.groups:
