@@ -12,7 +12,7 @@ from torch import nn
 
 import pruneutils as pu
 
-from .harness import ROOT, at_least, at_most, row, within
+from .harness import ROOT, at_least, at_most, on_top, row, within
 
 
 def _python(code, **environment):
@@ -27,10 +27,10 @@ def _python(code, **environment):
 
 @row(
     "A new process and its imports",
-    at_most(1.25, "import pruneutils", "import torch"),
+    on_top(0.5, "import pruneutils", "import torch"),
+    at_most(None, "import pruneutils", "import torch_pruning"),
     rounds=9,
     clock="wall",
-    why="the limit is half a second on top of torch's two",
 )
 def imports():
     return {
