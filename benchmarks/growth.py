@@ -6,7 +6,6 @@
 import gc
 import json
 import statistics
-import tempfile
 import time
 
 import matplotlib.pyplot as plt
@@ -62,8 +61,8 @@ def selection(n: int) -> dict[str, float]:
 
 def sweep(n: int) -> dict[str, float]:
     def prepare():
-        folder = tempfile.TemporaryDirectory()
-        return lambda: tools._sweep(tools.trivial, {"index": range(n)}, store=folder.name)
+        folder = tools.empty_folder()
+        return lambda: tools._sweep(tools.trivial, {"index": range(n)}, store=folder)
 
     return {"pruneutils": seconds(prepare, rounds=3)}
 

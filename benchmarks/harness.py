@@ -43,7 +43,9 @@ class Line:
     ours: str
     peer: str | None
     target: float | None
-    sense: str  # "faster": time of peer / ours, at least the target; "of": ours / peer, at most; "seconds": at most
+    # "faster": time of peer / ours, at least the target; "of": ours / peer, at most; "seconds": ours, at most;
+    # "more": ours - peer, at most
+    sense: str
     first: float | None = None  # the target of the first call of a process
 
 
@@ -60,6 +62,11 @@ def at_most(target: float | None, ours: str, peer: str) -> Line:
 def within(seconds: float, ours: str) -> Line:
     """`ours` may take so long."""
     return Line(ours, None, seconds, "seconds")
+
+
+def on_top(seconds: float, ours: str, peer: str) -> Line:
+    """`ours` may take so many seconds more than `peer`, which is a part of it."""
+    return Line(ours, peer, seconds, "more")
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,8 @@ def run_row(chosen: Row) -> list[dict]:
 def _compare(line, ours, peer, target) -> dict:
     if peer is None:
         ratios = ours
+    elif line.sense == "more":
+        ratios = [a - b for a, b in zip(ours, peer)]
     elif line.sense == "faster":
         ratios = [b / a for a, b in zip(ours, peer)]
     else:
@@ -238,8 +247,16 @@ def _in_process(chosen, arguments, limit) -> dict:
     except subprocess.TimeoutExpired:
         return {"error": f"took longer than {limit:.0f} s"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+        return {"error": _reason(done.stderr) or f"exit status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _reason(stderr: str) -> str | None:
+    """The exception of the last traceback, which warnings may follow; the last line where there is none."""
+    lines = stderr.strip().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    told = [line for line in lines[starts[-1] + 1 :] if line[:1].strip()] if starts else lines[-1:]
+    return told[0] if told else None
 
 
 def gpu_name() -> str | None:

@@ -57,7 +57,7 @@ def cells(line: dict) -> tuple[str, ...]:
     if "error" in line:
         return work, line["ours"], line.get("peer") or "", f"not measured: {line['error']}", "", "", ""
     seconds, sense, (low, high) = line["seconds"], line["sense"], line["quartiles"]
-    shown = _seconds if sense == "seconds" else _times
+    shown = _seconds if sense in ("seconds", "more") else _times
     ratio = f"{shown(line['ratio'])} ({shown(low)} to {shown(high)}){_WORDS[sense]}"
     memory = [line["memory"][name] for name in (line["ours"], line["peer"]) if name in line["memory"]]
     target = "" if line["target"] is None else _LIMITS[sense] + shown(line["target"])
@@ -73,8 +73,8 @@ def cells(line: dict) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-_WORDS = {"faster": " times faster", "of": " times as long", "seconds": ""}
-_LIMITS = {"faster": "at least ", "of": "at most ", "seconds": "under "}
+_WORDS = {"faster": " times faster", "of": " times as long", "seconds": "", "more": " more"}
+_LIMITS = {"faster": "at least ", "of": "at most ", "seconds": "under ", "more": "under "}
 
 
 def _missed(line):

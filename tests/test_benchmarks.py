@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import __main__, harness, inference, methods, side_by_side, table, tools, training  # noqa: F401
-from benchmarks.harness import Row, at_least, at_most, within
+from benchmarks.harness import Row, at_least, at_most, on_top, within
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def test_a_peer_that_is_not_installed_is_left_out(clock, monkeypatch):
         (at_most(1.1, "a", "b"), [1.2, 2.4, 3], [1, 2, 3], 1.2, False),
         (within(0.5, "a"), [0.1, 0.6, 0.7], None, 0.6, False),
         (at_most(None, "a", "b"), [1], [4], 0.25, None),
+        (on_top(1, "a", "b"), [2.5, 3, 4], [2, 2.25, 2], 0.75, True),
     ],
 )
 def test_ratios_are_taken_round_by_round(line, ours, peer, ratio, met):
@@ -92,3 +93,16 @@ def test_what_fails_is_told_and_ends_nothing():
     row = Row("no_such_row", "work", (at_least(1, "a", "b"),), dict)
     (line,) = harness.run_row(row)
     assert "no_such_row" in line["error"]
+
+
+def test_an_error_is_not_hidden_by_a_warning_after_it():
+    stderr = """a.py:1: UserWarning: first
+Traceback (most recent call last):
+  File "a.py", line 2, in <module>
+RuntimeError: CUDA error
+more about it
+/lib/b.py:3: UserWarning: second
+  warnings.warn(
+"""
+    assert harness._reason(stderr) == "RuntimeError: CUDA error"
+    assert harness._reason("one\nKilled\n") == "Killed" and harness._reason("") is None

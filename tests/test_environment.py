@@ -1,5 +1,7 @@
 """pyproject.toml, environment.yml and constraints.txt tell the same story."""
 
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -60,3 +62,9 @@ def test_constraints_have_no_hashes_and_no_local_versions():
 def test_what_is_installed_satisfies_the_bounds(name):
     installed = version(name).partition("+")[0]
     assert installed in Requirement(name + pyproject()[name]).specifier
+
+
+def test_import_does_not_bring_what_only_tables_and_pictures_need():
+    code = "import pruneutils, sys; print(*{'pandas', 'matplotlib', 'torchvision', 'ipywidgets'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stdout.split(), "half of the time of an import"

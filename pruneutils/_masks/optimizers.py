@@ -68,7 +68,7 @@ class Plan:
             self.seen = seen
 
     def _look_up(self, optimizer):
-        self.batch, self.memory, self.second, self.moments = Batch(), [], Batch(), []
+        self.batch, self.memory, self.moments, self.second, self.tiny = Batch(), [], [], [], []
         for parameter, mask in self.masked:
             state = _state(optimizer, parameter)
             for tensor in [parameter, *state.values()]:
@@ -76,14 +76,12 @@ class Plan:
                     self.batch.add(tensor, mask)
                     self.memory.append((tensor, tensor.data_ptr(), tensor.stride()))
             moment = state.get("exp_avg_sq")
-            if (
-                type(optimizer) in _ADAM
-                and _maskable(moment, parameter)
-                and moment.is_cpu
-                and moment.element_size() == 4
-            ):
-                self.second.add(moment, mask)
-                self.moments.append((state, moment))
+            if moment is not None and _takes_roots_of(moment, parameter, optimizer):
+                factor = mask.factor(moment)
+                if factor is not None:
+                    self.moments.append((state, moment))
+                    self.second.append(moment.data.view(factor.dtype))
+                    self.tiny.append((1 - factor).mul_(_TINY))
 
 
 def _same(one: list, other: list) -> bool:
@@ -106,6 +104,17 @@ def _maskable(value, parameter) -> bool:
     )
 
 
+def _takes_roots_of(moment, parameter, optimizer) -> bool:
+    """Whether the optimizer hands this second moment to MKL; a fused one takes the roots itself, and fast."""
+    return (
+        type(optimizer) in _ADAM
+        and not optimizer.defaults.get("fused")
+        and _maskable(moment, parameter)
+        and moment.is_cpu
+        and moment.element_size() == 4
+    )
+
+
 def _before_step(optimizer, *_):
     """Spare Adam on a CPU the square roots of zeros, for which MKL takes six times as long as for other numbers.
 
@@ -113,14 +122,13 @@ def _before_step(optimizer, *_):
     moments are, and after the step they are zero again.
     """
     plan = optimizer.__dict__.get(_PLAN)
-    if plan is None or plan.changes != CHANGES[0] or not plan.second.bits:
+    if plan is None or plan.changes != CHANGES[0] or not plan.second:
         return
     if all(state.get("exp_avg_sq") is moment for state, moment in plan.moments):
         if plan.in_a_step:  # the one before has not come to its end
             plan.batch.zero()
         plan.in_a_step = True
-        torch._foreach_add_(plan.second.bits, _TINY)
-        torch._foreach_sub_(plan.second.bits, plan.second.factors, alpha=_TINY)  # kept ones are as before, to the bit
+        torch._foreach_add_(plan.second, plan.tiny)  # adds 0 to the bits of kept ones
 
 
 def _after_step(optimizer, *_):

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -12,6 +12,9 @@ from .. import _masks
 from .._checks import a_model, is_pair, some_data
 from .._prunable import present_weights
 from .._torch import device_of, in_mode
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SEVERITIES = ("error", "warning", "note")  # wrong results, likely wrong results, good to know
 _ENOUGH = 128  # samples that statistics are compared on
@@ -35,8 +38,10 @@ class Finding:
 class Findings(list[Finding]):
     """A list of findings, the worst first: empty, and so False, if all is well; a table in Jupyter."""
 
-    def table(self) -> pd.DataFrame:
+    def table(self) -> "pd.DataFrame":
         """Return a row per finding with the columns severity, what, where, call and check."""
+        import pandas as pd  # only where a table is made: it would be half of the time of importing this package
+
         columns = ["severity", "what", "where", "call", "check"]
         return pd.DataFrame([[getattr(each, name) for name in columns] for each in self], columns=columns)
 

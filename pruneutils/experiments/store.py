@@ -22,10 +22,11 @@ from typing import Any
 import filelock
 import pandas as pd
 
-from .._files import written_whole
+from .._files import write_whole
 
 Record = dict[str, Any]
 
+_strict = json.JSONEncoder(allow_nan=False).encode
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -39,6 +40,8 @@ class Store:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder).resolve()
         self.name = self.folder.name
+        # Strings, because a sweep of short runs would spend more time in joining paths than in its runs.
+        self._records, self._claims = f"{self.folder}{os.sep}", f"{self.folder / '.claims'}{os.sep}"
 
     def prepare(self, runs: int) -> None:
         """Make the folder and write, then remove, as much as the records of so many runs will need."""
@@ -61,9 +64,10 @@ class Store:
 
     def read(self, key: str) -> Record | None:
         """Return the record of a run, None if there is none; ValueError names a file that is no record."""
-        path = self.folder / f"{key}.json"
+        path = f"{self._records}{key}.json"
         try:
-            record = decoded(path.read_text())
+            with open(path, encoding="utf-8") as file:
+                record = decoded(file.read())
             _check(record)
             if key_of(record["config"]) != key:
                 raise ValueError(f"it holds the run {record['config']}, which belongs into {key_of(record['config'])}")
@@ -76,7 +80,7 @@ class Store:
     @contextmanager
     def claim(self, key: str) -> Iterator[Callable[[Record], None] | None]:
         """Keep everybody else from doing this run; gives the function that records it, None if it is being done."""
-        if not self.folder.is_dir():
+        if not os.path.isdir(self._records):
             told = f"{platform.node()} does not see the store {self.folder}, which every machine of a sweep has to see"
             raise StoreError(errno.ENOENT, told)
         lock = self._lock(key)
@@ -99,22 +103,20 @@ class Store:
 
     def claimed(self, key: str) -> bool:
         """Tell whether another process is doing this run."""
-        lock = self._lock(key)
-        if not os.path.exists(lock.lock_file):
+        if not os.path.exists(f"{self._claims}{key}"):
             return False
         try:
-            with lock.acquire(blocking=False):
+            with self._lock(key).acquire(blocking=False):
                 return False
         except filelock.Timeout:
             return True
 
     def _lock(self, key):
-        return filelock.FileLock(self.folder / ".claims" / key)
+        return filelock.FileLock(f"{self._claims}{key}")
 
     def _write(self, key, record):
         try:
-            with written_whole(self.folder / f"{key}.json") as part:
-                part.write_text(encoded(record))
+            write_whole(f"{self._records}{key}.json", encoded(record).encode())
         except OSError as error:
             told = f"cannot write into the store {self.folder} any more ({error.strerror}), so the sweep stops; "
             told += f"not recorded: {record['config']} gave {record['metrics'] or record['error']}"
@@ -162,7 +164,7 @@ def _check(record):
 def encoded(record: Record) -> str:
     """Return a record as strict JSON, a line for each of its parts."""
     record = record | {"metrics": _finite(record["metrics"])}
-    lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items())
+    lines = (f"{_strict(name)}: {_strict(value)}" for name, value in record.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

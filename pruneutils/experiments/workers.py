@@ -132,8 +132,7 @@ def results(job: Job, executor: Executor | None, tasks: list[tuple]) -> Iterator
                 except Exception as error:  # not the run's own, that is in its record: its worker died
                     outcome = Outcome(error=f"{type(error).__name__}: {error}")
                 yield key, outcome
-            if not ended:
-                time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)  # also after some have ended: to look through all of them takes time from theirs
     finally:
         for future in futures:
             future.cancel()

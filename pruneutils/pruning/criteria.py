@@ -22,7 +22,7 @@ from .._checks import a_function, a_seed, inputs_told, unknown
 from .._prunable import is_transposed, module_of
 from .._torch import all_finite, batches, device_of, full_float32, generator, in_mode, own_random_state
 from ..model_utils import prunable_weights
-from ._batchnorm import FixedBatchNorm
+from ._twice import TwiceDifferentiable
 from .linearising import Linearised
 
 Scores = dict[str, torch.Tensor]
@@ -154,18 +154,24 @@ def hessian_gradient(model, weights, parts, loss_fn) -> list[torch.Tensor]:
         loss = share * loss_fn(model(inputs), targets)
         return grad(loss, weights, create_graph=create_graph, materialize_grads=True)
 
-    with sdpa_kernel(SDPBackend.MATH), FixedBatchNorm(weights):  # the fused attention kernels have no second derivative
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        TwiceDifferentiable(weights),
+    ):  # the fused attention kernels have no second derivative
         first = [gradients(*part, create_graph=len(parts) == 1) for part in parts]
-        g = [sum(layer).detach() for layer in zip(*first)]
-        hg = [torch.zeros_like(layer) for layer in g]
+        g, hg = [_sum(layers).detach() for layers in zip(*first)], None
         for part in parts:
             again = first[0] if len(parts) == 1 else gradients(*part, create_graph=True)
             graph = [(a, b) for a, b in zip(again, g) if a.requires_grad]  # a layer the loss ignores has none
             if graph:
                 outputs, directions = zip(*graph)
                 products = grad(outputs, weights, grad_outputs=directions, materialize_grads=True)
-                hg = [total + product for total, product in zip(hg, products)]
-    return hg
+                hg = products if hg is None else [total + product for total, product in zip(hg, products)]
+    return [torch.zeros_like(layer) for layer in g] if hg is None else list(hg)
+
+
+def _sum(tensors):
+    return sum(tensors[1:], tensors[0])  # not from 0: to add that takes a copy
 
 
 @criterion

@@ -244,6 +244,27 @@ def test_grasp_through_fixed_batch_norm_is_that_of_torch(affine):
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, wanted))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stride": 2}, {"padding": 1, "bias": False}, {"padding": "same"}, {"dilation": 2}, {"groups": 2}],
+    ids=str,
+)
+def test_grasp_through_convolutions_is_that_of_torch(options):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, **options), nn.ReLU(), nn.Conv2d(4, 4, 3, **options),
+        nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3),
+    ).double()  # fmt: skip
+    inputs, targets = batch(9, shape=(2, 9, 9))
+    for asked in (inputs, inputs.clone().requires_grad_()):  # whoever hands in the second loses nothing by it
+        weights = list(pu.prunable_weights(model).values())
+        g = torch.autograd.grad(F.cross_entropy(model(inputs) / 200, targets), weights, create_graph=True)
+        products = torch.autograd.grad(g, weights, grad_outputs=[each.detach() for each in g])
+        found = pu.scores(model, "grasp", (asked, targets)).values()
+        for score, weight, product in zip(found, weights, products, strict=True):
+            torch.testing.assert_close(score, (weight * product).detach(), rtol=1e-9, atol=1e-15)
+
+
 def test_grasp_default_temperature_is_200():
     model, data = two_layers(), batch()
     assert_scores(pu.scores(model, "grasp", data), pu.scores(model, "grasp", data, temperature=200.0).values())
