@@ -44,10 +44,11 @@ docs: .venv/installed
 	@echo "open build/site/index.html"
 
 # A notebook's sweep in a larger size, from a shell: make study NAME=gradual_vs_instant SIZE=medium BUDGET=3600
-# Finished runs are kept in results/; call it again until it says that none is missing.
+# Finished runs are kept in results/; call it again until it says that none is missing. PROCESSES=8 lets so many runs
+# share the cores or a GPU, which small networks leave idle.
 study: .venv/installed
 	$(if $(NAME),,$(error which notebook? make study NAME=gradual_vs_instant SIZE=medium BUDGET=3600))
-	$(BIN)/python -m pruneutils.notebook --study --size $(or $(SIZE),full) $(if $(BUDGET),--budget $(BUDGET)) notebooks/$(NAME).ipynb
+	$(if $(PROCESSES),PRUNEUTILS_PROCESSES=$(PROCESSES)) $(BIN)/python -m pruneutils.notebook --study --size $(or $(SIZE),full) $(if $(BUDGET),--budget $(BUDGET)) notebooks/$(NAME).ipynb
 
 # For maintainers: execute all notebooks in place, in quick size; store their outputs, and their pictures in images/.
 notebooks: .venv/installed

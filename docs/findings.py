@@ -147,10 +147,12 @@ def filters_against_random() -> str | None:
     if frame is None:
         return None
     runs = studies.removed_runs(frame)
-    runs = runs[(runs.rounds == 0) & (runs.ratio == 0.5) & (runs.of == "macs") & (runs.state == "fine-tuned")]
-    if runs.empty or runs.groupby("importance").seed.nunique().min() < _FEWEST:
+    runs = runs[(runs.rounds == 0) & (runs.ratio == 0.5) & (runs.state == "fine-tuned")]
+    runs = studies.with_every_measure(runs)
+    if "macs" not in set(runs["of"]):
         return None
-    rows = studies.against_random(runs).sort_values("difference")
+    rows = studies.against_random(runs)
+    rows = rows[rows["of"] == "macs"].sort_values("difference")
     better, worse = (rows[rows.differs & (rows.larger == (rows.a if up else rows.b))] for up in (True, False))
     worst, best = rows.iloc[0], rows.iloc[-1]
     return (

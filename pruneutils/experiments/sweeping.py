@@ -122,7 +122,7 @@ def sweep(
                             outcomes[key] = outcome
                         bar.update(bool(outcome.record))
                         if executor == "auto" and outcome.record:
-                            pays = workers.several() and outcome.record["seconds"] * len(todo) > _WORTH_PROCESSES
+                            pays = workers.usual() > 1 and outcome.record["seconds"] * len(todo) > _WORTH_PROCESSES
                             executor = workers.processes() if pays else None
                             break
         except (KeyboardInterrupt, SystemExit):

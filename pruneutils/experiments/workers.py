@@ -28,8 +28,9 @@ def processes(n: int | None = None) -> Executor:
     theirs is interrupted.
 
     Args:
-        n: The number of processes. By default one for each core or, with CUDA, one for each card; a process sees only
-            its own card.
+        n: The number of processes. By default one for each core or, with CUDA, one for each card; the environment
+            variable PRUNEUTILS_PROCESSES names another number. A process sees only its own card. Small networks leave
+            most of a card idle, so several processes may share one.
 
     Returns:
         An executor as those of concurrent.futures (loky's).
@@ -43,7 +44,7 @@ def processes(n: int | None = None) -> Executor:
         True
     """
     cards = visible_cards()
-    n = whole("n", n) if n is not None else len(cards) or cpu_count()
+    n = whole("n", n) if n is not None else usual()
     return get_reusable_executor(
         max_workers=n,
         timeout=60,
@@ -54,9 +55,12 @@ def processes(n: int | None = None) -> Executor:
     )
 
 
-def several() -> bool:
-    """Tell whether `processes()` would be more than one."""
-    return (len(visible_cards()) or cpu_count()) > 1
+def usual() -> int:
+    """Return how many processes `processes()` makes when it is not told."""
+    asked = os.environ.get("PRUNEUTILS_PROCESSES", "").strip()
+    if not asked:
+        return len(visible_cards()) or cpu_count()
+    return whole("PRUNEUTILS_PROCESSES", int(asked) if asked.isdecimal() else asked)
 
 
 def visible_cards() -> list[str]:

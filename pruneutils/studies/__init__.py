@@ -80,6 +80,7 @@ from .removed_filters import (
     rounds_compared,
     tell_filters,
     tell_flow,
+    with_every_measure,
 )
 from .vgg16 import (
     AS_PUBLISHED,
@@ -217,6 +218,7 @@ __all__ = [
     "until_collapse",
     "vgg16_as_published",
     "with_all_layers",
+    "with_every_measure",
     "with_every_seed",
     "work_left",
 ]

@@ -351,6 +351,13 @@ def against_random(frame: pd.DataFrame, state: str = "fine-tuned") -> pd.DataFra
     return compare(frame[frame.state == state], by="importance", against="random", within=["of", "ratio"])
 
 
+def with_every_measure(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave out what was held equal, and the ratios, of which a measure has fewer than five seeds so far."""
+    seeds = frame.groupby(["of", "ratio", "importance"]).seed.nunique().groupby(["of", "ratio"])
+    enough = (seeds.min() >= ENOUGH_SEEDS) & (seeds.size() == frame.importance.nunique())
+    return frame[[enough[pair] for pair in zip(frame["of"], frame.ratio)]]
+
+
 def rounds_compared(frame: pd.DataFrame) -> pd.DataFrame:
     """Compare many rounds with one, by the accuracy after the last epoch, for each measure.
 
@@ -379,13 +386,16 @@ def tell_filters(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-
     rows = frame[(frame.state == state) & (frame.ratio == ratio) & (frame.of == of)]
     if rows.empty or (seeds := rows.groupby("importance").seed.nunique().min()) < ENOUGH_SEEDS:
         return f"{0 if rows.empty else seeds} of {ENOUGH_SEEDS} seeds have run, which gives no verdict."
-    found = against_random(rows, state)
+    complete = with_every_measure(frame[(frame.state == state) & (frame.ratio == ratio)])
+    found = against_random(complete, state)  # one family, whatever was held equal, as the picture shows them
+    found = found[found["of"] == of]
     means = rows.groupby("importance").accuracy.mean().sort_values(ascending=False)
-    told = f"With {ratio:.0%} of the {of.replace('macs', 'MACs')} removed and the network {state}, "
+    told = f"With {100 * ratio:.0f} % of the {of.replace('macs', 'MACs')} removed and the network {state}, "
     if means.index[0] == "random":
-        told += f"no measure is above random removal, which leaves {means['random']:.1%}. "
+        told += f"no measure is above random removal, which leaves {100 * means['random']:.1f} %. "
     else:
-        told += f"`{means.index[0]}` is best with {means.iloc[0]:.1%}; random removal leaves {means['random']:.1%}. "
+        told += f"`{means.index[0]}` is best with {100 * means.iloc[0]:.1f} %; "
+        told += f"random removal leaves {100 * means['random']:.1f} %. "
     better = [row.a for row in found.itertuples() if row.differs and row.larger == row.a]
     worse = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if row.differs and row.larger == "random"]
     same = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if not row.differs]

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import pruneutils as pu
-from pruneutils.experiments import BOOKKEEPING, load, processes, sweep
+from pruneutils.experiments import BOOKKEEPING, load, processes, sweep, workers
 from pruneutils.experiments.provenance import code_version
 
 ROOT = Path(__file__).parent.parent.parent
@@ -611,3 +611,15 @@ def test_auto_takes_processes_only_if_several_and_worth_it_by_the_first_run(monk
     if loky.cpu_count() > 1:
         first, *others = pids()
         assert first == os.getpid() and os.getpid() not in others
+
+
+def test_the_environment_names_how_many_processes_share_the_machine(monkeypatch):
+    monkeypatch.setattr(workers, "visible_cards", lambda: ["0"])
+    assert workers.usual() == 1
+    monkeypatch.setenv("PRUNEUTILS_PROCESSES", "8")
+    assert workers.usual() == 8
+    told = "PRUNEUTILS_PROCESSES must be a whole number of at least 1"
+    for wrong in ("0", "many", "2.5"):
+        monkeypatch.setenv("PRUNEUTILS_PROCESSES", wrong)
+        with pytest.raises(ValueError, match=f"{told}, not '?{wrong}"):
+            processes()
