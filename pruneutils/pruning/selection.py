@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_SAMPLE = 1 << 16  # scores looked at to guess where the cut is
+_SAMPLE = 1 << 16  # scores looked at, at least, to guess where the cut is
 _CHUNK = 1 << 18  # scores handled at a time on a CPU: 1 MB of float32 stays in the cache
 
 Tensors = Mapping[str, torch.Tensor]
@@ -38,8 +38,8 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
         scores: {name: tensor of any shape}.
         k: How many to prune.
         alive: {name: bool mask}; entries that are False stay pruned and do not count towards k. Missing masks are True.
-        transform: `transform(chunk, out=buffer)`, such as torch.abs, converts each chunk to scores; the buffer may be the
-            chunk itself.
+        transform: `transform(chunk, out=buffer)`, such as torch.abs, converts each chunk to scores; the buffer may be
+            the chunk itself.
 
     Returns:
         The masks, and how many scores tie at the cut in each tensor.
@@ -164,8 +164,9 @@ def _keep_positions(keep: dict[str, torch.Tensor], positions: torch.Tensor, ends
 
 def _sampled(total: int) -> torch.Tensor:
     """Positions to look at: one at random from each stretch; evenly spaced ones can fall in step with 3x3 kernels."""
-    jitter = torch.rand(_SAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ((torch.arange(_SAMPLE) + jitter) * (total / _SAMPLE)).long().clamp_(max=total - 1)
+    n = max(_SAMPLE, total >> 10)  # more of very many, as what lies inside the bracket takes memory
+    jitter = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return jitter.add_(torch.arange(n)).mul_(total / n).long().clamp_(max=total - 1)
 
 
 def _ranks_around(quantile: float, n: int) -> tuple[int, int]:
@@ -243,9 +244,10 @@ def _split(scores, low, high, alive, transform, dtype):
             ]
     else:
         parts = _split_stretches(stretches, *bounds)
-    values = torch.cat([values for values, _, _ in parts])
-    positions = torch.cat([positions for _, positions, _ in parts])
-    return keep, values, positions, sum(int(n) for *_, n in parts)
+    values, positions, n_above = zip(*parts)
+    del parts  # and so each list is free as soon as it is one tensor
+    values = torch.cat(values)
+    return keep, values, torch.cat(positions), sum(map(int, n_above))
 
 
 def _split_stretches(stretches, low, high, transform, dtype) -> list[tuple]:
