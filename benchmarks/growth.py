@@ -10,6 +10,7 @@ import time
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from torch import nn
 
 import pruneutils as pu
@@ -19,11 +20,11 @@ from pruneutils.pruning.selection import select
 from . import table, tools
 from .selection import linear_layers, pruned_by_torch
 
-CURVES = {
-    "selection": "weights",
-    "sweep": "runs of a sweep",
-    "layers": "layers (1,024 weights each)",
-    "explorer": "layers in the explorer",
+CURVES = {  # what is timed, and what grows
+    "selection": ("Select the lowest 90 % of all weights", "weights"),
+    "sweep": ("A sweep of trivial runs with a store", "runs"),
+    "layers": ("Prune many small layers", "layers of 1,024 weights"),
+    "explorer": ("Move the explorer's slider", "layers of 4,096 weights"),
 }
 SIZES = {
     "selection": (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000),
@@ -35,8 +36,10 @@ LARGEST_FOR_TORCH = 30_000_000  # torch.nn.utils.prune needs 50 bytes a weight a
 
 
 def seconds(prepare, rounds: int = 5) -> float:
-    """CPU seconds of what `prepare` returns, the median of some rounds."""
+    """CPU seconds of what `prepare` returns, the median of some rounds after a first one that warms up."""
     times = []
+    if rounds > 1:
+        prepare()()
     for _ in range(rounds):
         run = prepare()
         gc.collect()
@@ -98,21 +101,23 @@ def measure(sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, list[tuple
 
 
 def draw(figures: dict, style: str) -> plt.Figure:
-    """One panel a curve, both axes logarithmic; the dotted line grows in proportion."""
+    """One panel a curve, both axes logarithmic; the dotted line grows in proportion to the size."""
     chosen = look.find_style(style)
     colors = dict(zip(("pruneutils", "torch.nn.utils.prune", "one read"), chosen.methods))
     with plt.rc_context(chosen.rc()):
-        figure, axes = plt.subplots(1, len(figures), figsize=(3.2 * len(figures), 3.4), layout="constrained")
+        figure, axes = plt.subplots(2, 2, figsize=(8, 6.4), layout="constrained")
         lines = {}
-        for ax, (curve, arms) in zip(axes, figures.items()):
+        for ax, (curve, arms) in zip(axes.flat, figures.items()):
             for arm, points in arms.items():
                 (lines[arm],) = ax.loglog(*zip(*points), marker="o", markersize=4, color=colors[arm])
             size, value = arms["pruneutils"][-1]
             first = arms["pruneutils"][0][0]
             proportional = [first, size], [value * first / size, value]
-            (lines["in proportion"],) = ax.loglog(*proportional, color=chosen.muted, linestyle=":", zorder=0)
-            ax.set_xlabel(CURVES[curve], fontsize=9)
-        axes[0].set_ylabel("seconds of CPU time")
+            (lines["in proportion to size"],) = ax.loglog(*proportional, color=chosen.muted, linestyle=":", zorder=0)
+            title, grows = CURVES[curve]
+            ax.set(title=title, xlabel=grows, ylabel="CPU time")
+            ax.xaxis.set_major_formatter(EngFormatter() if size >= 1_000_000 else StrMethodFormatter("{x:,.0f}"))
+            ax.yaxis.set_major_formatter(EngFormatter("s"))
         figure.legend(lines.values(), lines, loc="outside upper left", ncols=len(lines), frameon=False)
     return figure
 

@@ -170,7 +170,7 @@ def _memory(field) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:  # no Linux
         return math.nan
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
 
 
 # --- In the process of the table -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .._checks import unknown
 from .ranking import Ranking, rank
-from .selection import Selection, n_true, select, select_n_of_m
+from .selection import Selection, n_each_true, select, select_n_of_m
 
 Tensors = Mapping[str, torch.Tensor]
 Shape = tuple[int, ...]
@@ -267,7 +267,7 @@ def find(granularity: "str | Granularity") -> Granularity:
 
 def n_pruned(masks: Tensors) -> int:
     """Count the False entries of all masks."""
-    return sum(mask.numel() - n_true(mask) for mask in masks.values())
+    return sum(mask.numel() for mask in masks.values()) - sum(n_each_true(masks.values()))
 
 
 def units_of(shape: Shape, tile: Shape) -> Shape:

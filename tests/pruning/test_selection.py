@@ -1,5 +1,7 @@
 """Selection is exact, stable and the same as a sort of everything, however the scores are spread."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from pruneutils.pruning import granularities, selection
 from pruneutils.pruning.selection import select, select_n_of_m
 
 KINDS = ("normal", "quantised", "zeros", "constant", "subnormal", "integers")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def values(kind, shape, generator):
@@ -52,13 +54,25 @@ def expected(scores, k, alive):
 
 def assert_as_sorted(scores, k, alive=None):
     before = {name: s.clone() for name, s in scores.items()}
-    chosen = select(scores, k, alive)
     masks, ties = expected(scores, k, alive or {})
-    assert list(chosen.keep) == list(masks)
-    for name, mask in masks.items():
-        assert chosen.keep[name].dtype == torch.bool and torch.equal(chosen.keep[name], mask)
-        assert torch.equal(scores[name], before[name])
-    assert chosen.ties == ties
+    for on_gpu in (False, True):
+        with as_on_a_gpu(on_gpu):
+            chosen = select(scores, k, alive)
+        assert list(chosen.keep) == list(masks)
+        for name, mask in masks.items():
+            assert chosen.keep[name].dtype == torch.bool and torch.equal(chosen.keep[name], mask)
+            assert torch.equal(scores[name], before[name])
+        assert chosen.ties == ties
+        assert len({mask.untyped_storage().data_ptr() for mask in chosen.keep.values()}) == len(masks)
+
+
+@contextmanager
+def as_on_a_gpu(forced=True):
+    """Select among tensors of the CPU in the way of those on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if forced:
+            patch.setattr(selection, "_all_on_cpu", lambda scores: False)
+        yield
 
 
 @settings(max_examples=150, deadline=None)
@@ -100,6 +114,7 @@ def test_select_equals_a_stable_sort_where_it_samples(kind, fraction):
 def test_a_bracket_that_misses_the_cut_changes_nothing(monkeypatch, bracket):
     scores = {"a": torch.randn(50, 40), "b": (torch.randn(30, 30) * 2).round()}
     monkeypatch.setattr(selection, "_bracket", lambda *_: bracket)
+    monkeypatch.setattr(selection, "_bracket_whole", lambda values, *_: tuple(map(values.new_tensor, bracket)))
     for k in (0, 1, 700, 1450, 2899, 2900):
         assert_as_sorted(scores, k)
 
@@ -112,21 +127,27 @@ def test_a_sample_that_is_not_typical_changes_nothing():
 
 def test_transform_scores_a_piece_at_a_time():
     weights = {"a": torch.randn(600, 500), "b": torch.randn(40, 40).bfloat16()}
-    chosen = select(weights, 200_000, transform=torch.abs)
     plain = select({name: w.abs() for name, w in weights.items()}, 200_000)
-    assert all(torch.equal(chosen.keep[n], plain.keep[n]) for n in weights) and chosen.ties == plain.ties
+    for on_gpu in (False, True):
+        with as_on_a_gpu(on_gpu):
+            chosen = select(weights, 200_000, transform=torch.abs)
+        assert chosen.ties == plain.ties
+        assert all(torch.equal(chosen.keep[n], plain.keep[n]) for n in weights)
 
 
 def test_large_integers_are_compared_exactly():
-    assert select({"w": torch.tensor([2**40 + 1, 2**40])}, 1).keep["w"].tolist() == [True, False]
+    for on_gpu in (False, True):
+        with as_on_a_gpu(on_gpu):
+            assert select({"w": torch.tensor([2**40 + 1, 2**40])}, 1).keep["w"].tolist() == [True, False]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("size", [10, 300_000])
-def test_scores_that_are_not_finite_raise_and_name_the_layer(bad, size):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_scores_that_are_not_finite_raise_and_name_the_layer(bad, size, on_gpu):
     scores = {"fine": torch.rand(10, 10), "broken.weight": torch.rand(size, 1)}
     scores["broken.weight"][size // 2] = bad
-    with pytest.raises(ValueError, match=f"broken.weight: 1 of {size} scores"):
+    with as_on_a_gpu(on_gpu), pytest.raises(ValueError, match=f"broken.weight: 1 of {size} scores"):
         select(scores, 5)
 
 
@@ -153,10 +174,11 @@ def test_threads_change_nothing(monkeypatch, n_threads, kind):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_transformed_scores_that_are_not_finite_raise(bad):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_transformed_scores_that_are_not_finite_raise(bad, on_gpu):
     weights = {"w": torch.randn(100, 100)}
     weights["w"][3, 4] = -bad
-    with pytest.raises(ValueError, match="w: 1 of 10000 scores"):
+    with as_on_a_gpu(on_gpu), pytest.raises(ValueError, match="w: 1 of 10000 scores"):
         select(weights, 5, transform=torch.abs)
 
 
