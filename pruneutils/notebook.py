@@ -224,11 +224,15 @@ def main() -> None:
 
 
 def _texts(notebook, tag) -> list[str]:
-    """Return the text that cells of this tag have put out."""
+    """Return the text that cells of this tag have put out; pictures are left out."""
     cells = [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
     outputs = [output for cell in cells for output in cell.get("outputs", []) if output.get("name") != "stderr"]
-    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    texts = [output.get("text") or _text_of(output.get("data", {})) for output in outputs]
     return [text.rstrip() for text in texts if text]
+
+
+def _text_of(data) -> str:
+    return "" if "image/png" in data else data.get("text/markdown") or data.get("text/plain", "")
 
 
 if __name__ == "__main__":

@@ -159,3 +159,11 @@ def test_what_is_recorded_is_found_from_everywhere_in_the_repository(monkeypatch
         monkeypatch.chdir(start)
         frame = notebook.recorded(name)["medium"]
         assert len(frame) and (frame.status == "done").all()
+
+
+def test_what_is_shown_in_a_terminal_is_text():
+    data = [{"text/markdown": "**Five** seeds", "text/plain": "<Markdown object>"}, {"text/plain": "12"}]
+    data.append({"image/png": "", "text/plain": "<Figure size 840x420 with 1 Axes>"})
+    outputs = [nbformat.v4.new_output("display_data", each) for each in data]
+    cell = new_code_cell("answer()", outputs=outputs, metadata={"tags": ["answer"]})
+    assert notebook._texts(new_notebook(cells=[cell]), "answer") == ["**Five** seeds", "12"]
