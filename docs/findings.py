@@ -97,23 +97,34 @@ def several_prunings() -> str | None:
 
 @finding("pruning_at_initialization")
 def better_than_random() -> str | None:
-    """The criteria before training against random pruning."""
-    frame = recorded("pruning_at_initialization")
-    if frame is None:
+    """The criteria before training against random pruning and their controls, in every size recorded."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        frames = pu.notebook.recorded("pruning_at_initialization")
+    told = [studied for frame in reversed(frames.values()) if (studied := _before_training(frame))]
+    return f"**Before training, with 10 % of the weights.** {' '.join(told)}" if told else None
+
+
+def _before_training(frame) -> str | None:
+    runs = studies.after_equal_epochs(frame)
+    runs = runs[runs.compression == 1]
+    if runs.empty:
         return None
-    runs = studies.after_equal_epochs(studies.with_all_layers(frame))
-    chosen = runs[(runs.control == "none") & (runs.compression == 1)] if len(runs) else runs
-    if chosen.empty or chosen.seed.nunique() < _FEWEST:
-        return None
-    rows = studies.answers(chosen, "is it better than random?")
-    told = "; ".join(studies.in_words(row) for _, row in rows.iterrows())
-    epochs = (chosen.pre_epochs + chosen.epoch).iloc[0]
-    if (chosen[chosen.method == "random"].accuracy < chosen.commonest.max() + 0.02).all():
-        told += ". Random pruning leaves the network at chance"
-    return (
-        f"**Before training, with 10 % of the weights:** {told} ({chosen.network.iloc[0]} after {epochs} epochs, "
-        f"{chosen.seed.nunique()} seeds, {on(chosen)})."
-    )
+    rows = studies.answers(runs[runs.control == "none"], "is it better than random?")
+    told = f"{_NETWORKS[runs.network.iloc[0]]}, {(runs.pre_epochs + runs.epoch).iloc[0]} epochs on {on(runs)}: "
+    told += "; ".join(studies.in_words(row) for _, row in rows.iterrows())
+    untrained = runs[(runs.control == "none") & (runs.accuracy < runs.commonest + 0.02)]
+    seeds = runs.seed.nunique()
+    arms = untrained[untrained.method.isin([*rows.a, "random"])].groupby("method").seed.nunique()
+    if len(arms):
+        told += f". At chance: {', '.join(f'{arm} in {n}' for arm, n in arms.items())} of {seeds} seeds"
+    if runs.control.nunique() > 1:
+        controls = studies.answers(runs, "is it the weights, or how many in each layer?")
+        passed = (controls.larger == "as scored").sum()
+        told += f". Of {len(controls)} controls (masks shuffled, redrawn or inverted), {passed} {'is' if passed == 1 else 'are'} passed"
+    return f"{told}."
+
+
+_NETWORKS = {"vgg16": "VGG-16", "fc": "784-100x5-10"}
 
 
 @finding("grasp_threshold_debug")
