@@ -120,7 +120,8 @@ def _before_training(frame) -> str | None:
     if runs.control.nunique() > 1:
         controls = studies.answers(runs, "is it the weights, or how many in each layer?")
         passed = (controls.larger == "as scored").sum()
-        told += f". Of {len(controls)} controls (masks shuffled, redrawn or inverted), {passed} {'is' if passed == 1 else 'are'} passed"
+        verb = "is" if passed == 1 else "are"
+        told += f". Of {len(controls)} controls (masks shuffled, redrawn or inverted), {passed} {verb} passed"
     return f"{told}."
 
 
