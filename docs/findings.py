@@ -84,6 +84,7 @@ def several_prunings() -> str | None:
     rows = studies.prunings_against_one(studies.last_epochs(frame, target)).set_index(["equal", "a"])
     high = studies.gradual_against_instant(studies.last_epochs(frame)).set_index(["equal", "sparsity"])
     last = high.loc[studies.OWN_WAY].index.max()
+    survives = studies.tell_gradual(frame).split(". ")[-1].rstrip(".")
     most = f"{frame[frame.design == 'restarts'].prunings.max()} prunings"
     return (
         f"**Whether many prunings beat one depends on what is held equal.** A ResNet-20 loses {percent(target, 0)} of "
@@ -91,7 +92,7 @@ def several_prunings() -> str | None:
         f"{points(rows.loc[('equal total', most)])}; if both recover equally long, "
         f"{points(rows.loc[('equal recovery', most)])}. Each its own way, a ramp minus one pruning before the first "
         f"epoch is {points(rows.loc[(studies.OWN_WAY, 'ramp')])}, and {points(high.loc[(studies.OWN_WAY, last)])} at "
-        f"{percent(last, 0)} ({frame.seed.nunique()} seeds, {on(frame)})."
+        f"{percent(last, 0)}. {survives} ({frame.seed.nunique()} seeds, {on(frame)})."
     )
 
 

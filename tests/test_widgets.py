@@ -4,6 +4,8 @@ import asyncio
 import copy
 import gc
 import io
+import threading
+import time
 import warnings
 import weakref
 
@@ -564,3 +566,29 @@ def test_a_panel_that_is_on_the_page_stays_and_one_that_comes_back_goes_on():
     box._view_count = 0
     panel.slider.value = 0.9
     assert panel.masks.sparsity == pytest.approx(0.9, abs=0.01) and "90." in panel.text.value
+
+
+def test_moves_of_another_thread_take_turns_with_what_is_measured():
+    """JupyterLab brings moves on a thread with a loop of its own, while the kernel's main loop fills the curve."""
+    model = network()
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.003))
+    panel, wrong = sparsity_explorer(model, DATA, sparsity=0.5), []
+    panel._trial.is_quick = lambda: False
+    report = panel._report
+    panel._report = lambda error: (wrong.append(error), report(error))
+
+    async def moving(values):
+        for value in values:
+            panel.slider.value = value
+            await asyncio.sleep(0.02)
+        if panel._task is not None and panel._task.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait_for(panel._task, 60)
+
+    movers = [[0.3 + 0.001 * (2 * i + odd) for i in range(40)] for odd in (0, 1)]
+    threads = [threading.Thread(target=asyncio.run, args=[moving(values)]) for values in movers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and "Error" not in panel.text.value
+    assert panel.masks.sparsity == pytest.approx(panel.slider.value, abs=0.01)

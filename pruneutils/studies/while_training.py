@@ -269,7 +269,7 @@ def tell_prunings(frame: pd.DataFrame | None, target: float) -> str:
 
 
 def tell_gradual(frame: pd.DataFrame | None) -> str:
-    """Answer in sentences at which sparsities gradual and instant pruning differ, in each design."""
+    """Answer in sentences at which sparsities gradual and instant pruning differ, in each design and in all of them."""
     if missing := _too_few(frame, "gradual_vs_instant"):
         return missing
     found, sentences = gradual_against_instant(last_epochs(frame)), []
@@ -281,6 +281,11 @@ def tell_gradual(frame: pd.DataFrame | None) -> str:
         if rest:
             told += f"{';' if apart else ''} the two cannot be told apart at {', '.join(rest)}"
         sentences.append(told + ".")
+    if found.equal.nunique() > 1:
+        verdicts = found[found.differs.astype(bool)].groupby("sparsity").larger
+        same = verdicts.agg(["nunique", "size", "first"]).query("nunique == 1 and size == @found.equal.nunique()")
+        survives = [f"{row['first']} is better at {100 * sparsity:.0f} %" for sparsity, row in same.iterrows()]
+        sentences.append(f"What survives all comparisons: {', '.join(survives) or 'nothing'}.")
     return " ".join(sentences)
 
 

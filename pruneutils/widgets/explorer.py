@@ -6,7 +6,9 @@ any more closes its widgets, and lets go of its copy of the model.
 """
 
 import asyncio
+import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
@@ -101,6 +103,17 @@ def sparsity_explorer(
     )
 
 
+def _in_turn(method: Callable) -> Callable:
+    """Let one thread at a time into a panel: JupyterLab brings moves on another one than the one that measures."""
+
+    @functools.wraps(method)
+    def call(self, *arguments, **options):
+        with self._turn:
+            return method(self, *arguments, **options)
+
+    return call
+
+
 class SparsityExplorer:
     """The panel of `sparsity_explorer`.
 
@@ -129,6 +142,7 @@ class SparsityExplorer:
         self._trial = Trial(
             model, data, scoring_data, exclude=exclude, subset=subset, loss_fn=loss_fn, seed=seed
         )  # fmt: skip
+        self._turn, self._number = threading.RLock(), 0
         self._task, self._pending, self._wrong = None, iter(()), None
         self._places = set(_PLACES)  # of the curve; that of the dot is left to the dot, so that the rest can stay
         self._canvas, self._course_canvas = Figure(), Figure()
@@ -224,6 +238,7 @@ class SparsityExplorer:
         options = {"exclude": trial.exclude, "loss_fn": trial.loss_fn, "seed": trial.seed}
         return words.code(self.choice, needs_data=needs_data, **options)
 
+    @_in_turn
     def apply(self) -> Masks:
         """Prune the model as shown and return its masks. Raises ValueError if the present choice is not possible."""
         trial = self._trial
@@ -235,6 +250,7 @@ class SparsityExplorer:
         self._show()
         return get_masks(self.model)
 
+    @_in_turn
     def accuracy(self) -> float:
         """The accuracy of the present choice on all of the data, a fraction in [0, 1]; raises as `apply` does."""
         self._show(later=False)
@@ -243,6 +259,7 @@ class SparsityExplorer:
         self._tell()
         return self._trial.reached[self.choice, True][0]
 
+    @_in_turn
     def curve(self, sparsities: Iterable[float] = _PLACES) -> pd.DataFrame:
         """Measure accuracy over sparsity for the present criterion, scope and granularity, on the subset.
 
@@ -273,6 +290,7 @@ class SparsityExplorer:
         """The whole panel as one image, in "light" or "dark", with or without its slider: for films and pages."""
         return film.frame(self, style or self._style, slider)
 
+    @_in_turn
     def close(self) -> None:
         """Take the panel off the page and let go of everything that it holds but the model."""
         self._stop()
@@ -283,6 +301,7 @@ class SparsityExplorer:
 
     # --- What is shown -----------------------------------------------------------------------------------------------
 
+    @_in_turn
     def _redraw(self, _change=None):
         try:
             self._show()
@@ -292,6 +311,7 @@ class SparsityExplorer:
             self.text.value = words.told([words.line(f"{type(error).__name__}: {error}", words.ALARM)])
         self.button.disabled = self.masks is None
 
+    @_in_turn
     def _apply(self, _button=None):
         try:
             self.apply()
@@ -313,7 +333,7 @@ class SparsityExplorer:
         self._draw_course()
         if later and _in_a_loop():
             self._pending = self._rest()
-            self._task = asyncio.get_running_loop().create_task(_go_on(weakref.ref(self)))
+            self._task = asyncio.get_running_loop().create_task(_go_on(weakref.ref(self), self._number))
 
     def _select(self) -> Masks:
         """Find the masks of the present choice, as `prune` would."""
@@ -422,10 +442,11 @@ class SparsityExplorer:
             yield 0
         self._draw_course()
 
-    def _go_on(self) -> float | None:
-        """Do the next piece of what is pending; the seconds to wait after it, None at the end."""
+    @_in_turn
+    def _go_on(self, number: int) -> float | None:
+        """Do the next piece of what is pending; the seconds to wait after it, None at the end, or after a new move."""
         try:
-            if self._trial.changed():  # trained or pruned from elsewhere: the next move starts anew
+            if number != self._number or self._trial.changed():  # trained or pruned from elsewhere: a move starts anew
                 return None
             return next(self._pending, None)
         except Exception as error:  # a task that nobody awaits would keep it to itself
@@ -433,10 +454,10 @@ class SparsityExplorer:
             return None
 
     def _stop(self):
-        if self._task is not None:
-            self._task.cancel()
+        self._number += 1  # a task of another thread's loop cannot be cancelled from here; it ends when it sees this
         self._task, self._pending = None, iter(())
 
+    @_in_turn
     def _viewed(self, change):
         """The panel has come onto the page or gone from it: one that nobody sees or holds goes altogether."""
         if change["new"]:
@@ -447,10 +468,10 @@ class SparsityExplorer:
             self._trial.release()
 
 
-async def _go_on(panel: weakref.ref) -> None:
+async def _go_on(panel: weakref.ref, number: int) -> None:
     """Let a panel go on between the messages that the kernel handles, for as long as somebody holds it."""
     while (held := panel()) is not None:
-        wait = held._go_on()
+        wait = held._go_on(number)
         del held
         if wait is None:
             return
