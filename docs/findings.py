@@ -66,11 +66,12 @@ def robustness_is_in_the_statistics() -> str | None:
     lead, left = (f"{100 * row.difference:.1f} points [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in gaps)
     gain = f"{100 * repaired.difference:.1f} points [{100 * repaired.low:.1f}, {100 * repaired.high:.1f}]"
     return (
-        "**Most of what one-shot pruning destroys is stale statistics.** With half of the convolutions' weights gone, "
+        "**At half of the weights, most of what one-shot pruning destroys is stale statistics.** Then "
         f"EfficientNet-Lite0 is right on {percent(half[half.state == 'plain'].hit.mean())} of 1,000 ImageNet images, "
         f"and batch norm measured anew gives back {gain}. The lead of the larger Lite2 shrinks from {lead} to {left}"
         f"{'' if gaps[1].differs else ', which cannot be told from zero after Holm'} "
-        f"({frame[frame.repair == 'recalibrated'].seed.nunique()} choices of 250 images)."
+        f"(intervals over {repaired.n} images, {frame[frame.repair == 'recalibrated'].seed.nunique()} choices of the 250 that "
+        "repair)."
     )
 
 
@@ -88,11 +89,11 @@ def several_prunings() -> str | None:
     most = f"{frame[frame.design == 'restarts'].prunings.max()} prunings"
     return (
         f"**Whether many prunings beat one depends on what is held equal.** A ResNet-20 loses {percent(target, 0)} of "
-        f"its weights within {frame.epoch.max()} epochs. If both train equally long, {most} minus one are "
+        f"its weights while it sees each image four times. If both train equally long, {most} minus one are "
         f"{points(rows.loc[('equal total', most)])}; if both recover equally long, "
         f"{points(rows.loc[('equal recovery', most)])}. Each its own way, a ramp minus one pruning before the first "
         f"epoch is {points(rows.loc[(studies.OWN_WAY, 'ramp')])}, and {points(high.loc[(studies.OWN_WAY, last)])} at "
-        f"{percent(last, 0)}. {survives} ({frame.seed.nunique()} seeds, {on(frame)})."
+        f"{percent(last, 0)}. {survives} (one network, {frame.seed.nunique()} orders of the images, {on(frame)})."
     )
 
 
@@ -123,6 +124,7 @@ def _before_training(frame) -> str | None:
         passed = (controls.larger == "as scored").sum()
         verb = "is" if passed == 1 else "are"
         told += f". Of {len(controls)} controls (masks shuffled, redrawn or inverted), {passed} {verb} passed"
+        told += "; the others show no difference that these seeds could tell"
     return f"{told}."
 
 
@@ -148,7 +150,7 @@ def threshold_sticks() -> str | None:
     )
     return (
         f"**A threshold cannot divide ties.** Asked for {asked}, the published GraSP rule removes {told} of the "
-        f"weights of a ResNet-10, since {percent(runs.zero.mean())} of the scores are exactly zero "
+        f"weights of an untrained ResNet-10, because {percent(runs.zero.mean())} of the scores are exactly zero "
         f"({frame.seed.nunique()} seeds, {on(frame)})."
     )
 
@@ -168,11 +170,14 @@ def filters_against_random() -> str | None:
     rows = rows[rows["of"] == "macs"].sort_values("difference")
     better, worse = (rows[rows.differs & (rows.larger == (rows.a if up else rows.b))] for up in (True, False))
     worst, best = rows.iloc[0], rows.iloc[-1]
+    also = studies.against_random(runs)
+    also = also[also["of"] == "filters"]
+    filters = f"With equally many filters, {(also.larger == also.a).sum()} of {len(also)} beat it " if len(also) else ""
     return (
         "**Not every measure of a filter's importance beats chance.** With half of the multiply-accumulates of a "
         f"ResNet-20 removed and a short fine-tuning, {len(better)} of {len(rows)} measures beat "
         f"removing filters at random, and {len(worse)} lose to it: `{best.a}` minus random is {points(best)}, "
-        f"`{worst.a}` minus random {points(worst)} (one network, {runs.seed.nunique()} orders, {on(runs)})."
+        f"`{worst.a}` minus random {points(worst)}. {filters}(one network, {runs.seed.nunique()} orders, {on(runs)})."
     )
 
 
@@ -270,7 +275,11 @@ def found(n: int = 5) -> str:
         told = sentence()
         if told and len(sentences) < n:
             sentences.append(f"{len(sentences) + 1}. {told} [{notebook}](notebooks/{notebook}.ipynb)\n")
-    return "".join(sentences) + "\nBrackets hold 95 % intervals.\n"
+    return (
+        "".join(sentences)
+        + "\nBrackets hold 95 % intervals, each by itself. Verdicts are corrected for the number of comparisons "
+        "(Holm).\n"
+    )
 
 
 def written(text: str) -> str:

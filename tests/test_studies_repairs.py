@@ -123,7 +123,11 @@ def test_a_measure_is_told_from_random_only_with_five_seeds():
         for name, gain in gains.items() for seed in range(5)
     )  # fmt: skip
     told = studies.tell_filters(frame, 0.5, "macs")
-    assert "`l1` is best" in told and "1 of 2 measures beat random" in told and "Worse than random: `grasp`" in told
+    assert (
+        "the highest mean is that of `l1`" in told
+        and "1 of 2 measures beat random removal: `l1` (+10" in told
+        and "Worse than random: `grasp`" in told
+    )
     assert "no verdict" in studies.tell_filters(frame[frame.seed < 3], 0.5, "macs")
     assert "between +1.00 and +1.00" in studies.tell_flow(frame, 0.5, "macs")
 
@@ -165,5 +169,7 @@ def test_courses_are_those_that_training_takes():
     assert steps["equal recovery", "1 pruning"] == [0.0] * 4 + [0.75] * 5
     assert steps["equal recovery", "2 prunings"] == [0.0] * 2 + [0.5] * 2 + [0.75] * 5
     assert steps["equal recovery", "ramp"] == [0.0, 0.43, 0.66, 0.74] + [0.75] * 5  # 1 - (1 - t)^3, t over half the way
+    stepped = studies.courses([0], 0.75, 8, points=9, every=2).sparsity.round(2).tolist()
+    assert stepped == [0.0, 0.0, 0.66, 0.66] + [0.75] * 5
     rates = courses[courses.arm == "2 prunings"].groupby("equal")["learning rate"].apply(list)
     assert rates["equal total"][0] == rates["equal total"][4] == 1 and rates["equal recovery"][4] == 0.5

@@ -394,12 +394,13 @@ def tell_filters(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-
     if means.index[0] == "random":
         told += f"no measure is above random removal, which leaves {100 * means['random']:.1f} %. "
     else:
-        told += f"`{means.index[0]}` is best with {100 * means.iloc[0]:.1f} %; "
+        told += f"the highest mean is that of `{means.index[0]}`, {100 * means.iloc[0]:.1f} %; "
         told += f"random removal leaves {100 * means['random']:.1f} %. "
     better = [row.a for row in found.itertuples() if row.differs and row.larger == row.a]
+    named = ", ".join(f"`{row.a}` ({_points(row)})" for row in found.itertuples() if row.a in better)
     worse = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if row.differs and row.larger == "random"]
     same = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if not row.differs]
-    told += f"{len(better)} of {len(found)} measures beat random removal."
+    told += f"{len(better)} of {len(found)} measures beat random removal{': ' + named if named else ''}."
     told += f" Worse than random: {', '.join(worse)}." if worse else ""
     return told + (f" Not to be told from random: {', '.join(same)}." if same else "")
 
@@ -420,7 +421,8 @@ def tell_flow(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-tun
     found = [part.gradient_norm.corr(part.accuracy, method="spearman") for _, part in rows.groupby("seed")]
     norms = rows.groupby("importance").gradient_norm.mean()
     return (
-        f"Removal changes the gradient's norm by factors from {norms.min():.2g} (`{norms.idxmin()}`) to "
-        f"{norms.max():.2g} (`{norms.idxmax()}`). Over the {len(norms)} measures, the rank correlation of this factor "
-        f"with the accuracy lies between {min(found):+.2f} and {max(found):+.2f} in the {len(found)} seeds."
+        f"Removal multiplies the gradient's norm by {norms.min():.3g} (`{norms.idxmin()}`) to {norms.max():.3g} "
+        f"(`{norms.idxmax()}`). Over the {len(norms)} measures, the rank correlation of this factor "
+        "with the accuracy (positive: where the norm rises more, the accuracy is higher) "
+        f"lies between {min(found):+.2f} and {max(found):+.2f} in the {len(found)} seeds."
     )

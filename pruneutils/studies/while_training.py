@@ -130,7 +130,9 @@ def arm_names(frame: pd.DataFrame) -> pd.Series:
     return words.where(~frame.design.isin(["dense", "ramp"]), frame.design)
 
 
-def courses(prunings: Sequence[int], target: float, epochs: int, points: int = 401) -> pd.DataFrame:
+def courses(
+    prunings: Sequence[int], target: float, epochs: int, points: int = 401, every: float = 0.0
+) -> pd.DataFrame:  # fmt: skip
     """Compute how sparsity and learning rate run in both designs, for pictures of the designs.
 
     Args:
@@ -138,19 +140,21 @@ def courses(prunings: Sequence[int], target: float, epochs: int, points: int = 4
         target: The sparsity at the end, a fraction.
         epochs: Of pruning and recovery together.
         points: How many places in time.
+        every: Epochs between two prunings of the ramp; 0 draws the curve that it follows.
 
     Returns:
         A row per design, number of prunings and place: epoch (from 0), sparsity, and learning rate as a fraction of the
         first one.
     """
     frames, epoch = [], np.linspace(0, epochs, points)
+    climbed = np.where(epoch < epochs / 2, np.floor(epoch / every + 1e-9) * every if every else epoch, epochs / 2)
     for design, n in itertools.product(("restarts", "recovery"), prunings):
         if n == 0 and design == "restarts":
             continue
         first, end = (0, epochs) if design == "restarts" else (epochs / 2 / max(n, 1), epochs / 2 * (1 + 1 / max(n, 1)))
         done = np.clip(np.floor((epoch - first) / ((end - first) / max(n, 1)) + 1 + 1e-9), 0, n)
         steps = [sparsity_at(i / n, target) for i in done] if n else [
-            sparsity_at(min(1, 2 * at / epochs), target, schedule="cubic") for at in epoch
+            sparsity_at(2 * at / epochs, target, schedule="cubic") for at in climbed
         ]  # fmt: skip
         stage = epochs / n if design == "restarts" else epochs
         rate = 0.5 * (1 + np.cos(np.pi * np.where(epoch == epochs, 1.0, epoch % stage / stage)))
