@@ -70,8 +70,8 @@ def robustness_is_in_the_statistics() -> str | None:
         f"EfficientNet-Lite0 is right on {percent(half[half.state == 'plain'].hit.mean())} of 1,000 ImageNet images, "
         f"and batch norm measured anew gives back {gain}. The lead of the larger Lite2 shrinks from {lead} to {left}"
         f"{'' if gaps[1].differs else ', which cannot be told from zero after Holm'} "
-        f"(intervals over {repaired.n} images, {frame[frame.repair == 'recalibrated'].seed.nunique()} choices of the 250 that "
-        "repair)."
+        f"(intervals over {repaired.n} images, {frame[frame.repair == 'recalibrated'].seed.nunique()} choices of the "
+        "250 that repair)."
     )
 
 
