@@ -108,10 +108,10 @@ def better_than_random() -> str | None:
 
 def _before_training(frame) -> str | None:
     runs = studies.after_equal_epochs(frame)
-    runs = runs[runs.compression == 1]
-    if runs.empty:
+    if not (runs.compression == 1).any():
         return None
-    rows = studies.answers(runs[runs.control == "none"], "is it better than random?")
+    rows = studies.answers(runs, "is it better than random?")  # one family, as in the notebook
+    rows, runs = rows[rows.compression == 1], runs[runs.compression == 1]
     told = f"{_NETWORKS[runs.network.iloc[0]]}, {(runs.pre_epochs + runs.epoch).iloc[0]} epochs on {on(runs)}: "
     told += "; ".join(studies.in_words(row) for _, row in rows.iterrows())
     untrained = runs[(runs.control == "none") & (runs.accuracy < runs.commonest + 0.02)]

@@ -253,7 +253,8 @@ def headline(runs: pd.DataFrame) -> str:
         arms = ", ".join(f"{name} in {n} of {seeds} seeds" for name, n in stuck.items())
         told += f" At the share of the commonest class, that is, untrained: {arms}."
     told += "\n\n"
-    rows = answers(chosen, "is it better than random?")
+    rows = answers(runs, "is it better than random?")  # one family over all compressions, as in the notebook's table
+    rows = rows[rows.compression == 1]
     told += "**Against random pruning:** " + "; ".join(in_words(row) for _, row in rows.iterrows()) + "."
     if runs.control.nunique() > 1:
         rows = answers(runs, "is it the weights, or how many in each layer?")

@@ -36,7 +36,7 @@ def in_design(
             Gupta's cubic ramp over the first half), or "dense" (no pruning: the reference of equal length).
         prunings: How many prunings; 1 is instant. It does not matter to "ramp" and "dense".
         target: The sparsity at the end, a fraction.
-        epochs: How often each image is seen in all.
+        epochs: Epochs of `fit` in all; with `steps_per_epoch` each sees only a part of the images.
         every: Steps between two prunings of the ramp.
         **options: Options of `fit`.
 
