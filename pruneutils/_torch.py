@@ -99,12 +99,17 @@ def resolve_precision(precision: str, model: nn.Module) -> str:
     if precision == "auto":
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
         precision = "bfloat16" if convolutional and bfloat16_pays(device_of(model).type) else "float32"
-    for noted in _NOTED:
-        noted.add(precision)
+    note_precision(precision)
     return precision
 
 
 _NOTED: list[set[str]] = []
+
+
+def note_precision(precision: str) -> None:
+    """Tell the record of the present run in which precision it computes."""
+    for noted in _NOTED:
+        noted.add(precision)
 
 
 @contextlib.contextmanager

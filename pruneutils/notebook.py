@@ -88,11 +88,12 @@ def store(name: str) -> Path | None:
     return None if size() == "quick" else _results() / f"{name}_{size()}"
 
 
-def recorded(name: str) -> dict[str, "pd.DataFrame"]:
+def recorded(name: str, notebook: str | None = None) -> dict[str, "pd.DataFrame"]:
     """Read the finished runs of a notebook's larger sizes from results/; print how to record them if there are none.
 
     Args:
-        name: The notebook's name.
+        name: The name of the store, as given to `store`.
+        notebook: The notebook whose sweep writes it; None if it has the store's name.
 
     Returns:
         For each size that is recorded, "medium" before "full", the table of its finished runs in the order of their
@@ -103,7 +104,7 @@ def recorded(name: str) -> dict[str, "pd.DataFrame"]:
 
     Example:
         >>> pu.notebook.recorded("my_question")
-        nothing is recorded in results/ yet; this does: make study NAME=my_question SIZE=medium
+        my_question is not recorded in results/ yet; this does: make study NAME=my_question SIZE=medium
         {}
     """
     from .experiments import load
@@ -112,7 +113,8 @@ def recorded(name: str) -> dict[str, "pd.DataFrame"]:
     folders = {size: _results() / f"{name}_{size}" for size in SIZES[1:]}
     frames = {size: load(folder) for size, folder in folders.items() if Store(folder).keys()}
     if not frames:
-        print(f"nothing is recorded in results/ yet; this does: make study NAME={name} SIZE=medium")
+        this = f"make study NAME={notebook or name} SIZE=medium"
+        print(f"{name} is not recorded in results/ yet; this does: {this}")
     return {size: frame[frame.status == "done"] for size, frame in frames.items()}
 
 

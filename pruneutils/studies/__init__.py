@@ -61,7 +61,9 @@ from .public_networks import (
     NETWORKS,
     accuracy_in_training_mode,
     adapt,
+    adapt_grid,
     cifar10_as_published,
+    evaluation_grid,
     evaluation_mode,
 )
 from .removed_filters import (
@@ -145,6 +147,7 @@ __all__ = [
     "accuracy_in_training_mode",
     "accuracy_lost",
     "adapt",
+    "adapt_grid",
     "after_equal_epochs",
     "against_random",
     "answers",
@@ -160,6 +163,7 @@ __all__ = [
     "compare_states",
     "courses",
     "emptied",
+    "evaluation_grid",
     "evaluation_mode",
     "filters_from_scratch",
     "filters_grid",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _checks, data, models
+from .._torch import note_precision
 from ..controls import redraw
 from ..model_utils import prunable_weights
 from ..pruning import (
@@ -33,6 +34,7 @@ def grasp_thresholds(seed: int, targets: list[float], per_class: int = 25) -> li
     Returns:
         A row per target, rule and layer: weights before and after, how many score exactly zero, and the threshold.
     """
+    note_precision("float32")  # of the scores
     train, _ = data.load("cifar10")
     model = models.create("timm/resnet10t", num_classes=10, seed=seed)
     found = scores(model, "grasp", train.balanced_batch(per_class, seed), train_mode=True, seed=seed)
@@ -67,6 +69,7 @@ def grasp_agreement(seed: int, per_class: int = 25, share: float = 0.05) -> dict
     Returns:
         `overlap`: the share of one batch's highest weights that are also the other's; by chance it equals `share`.
     """
+    note_precision("float32")  # of the scores
     train, _ = data.load("cifar10")
     # with batch norms that start at zero nearly all scores tie at zero: see grasp_thresholds
     model = models.create("timm/resnet10t", num_classes=10, seed=seed, zero_init_last=False)
@@ -133,6 +136,7 @@ def grasp_normaliser(
     """
     _checks.one_of("classifier", classifier, ("as created", "redrawn"))
     _checks.one_of("batches", batches, ("one", "halves"))
+    note_precision("float32")  # of the scores
     train, _ = data.load("cifar10")
     model = models.create("timm/resnet10t", num_classes=10, seed=seed)
     if classifier == "redrawn":

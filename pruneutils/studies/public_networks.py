@@ -1,12 +1,14 @@
 """Public checkpoints: adapted to the images at hand, and measured with and without evaluation mode."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from .. import data, models
+from .._files import repository
+from .._torch import note_precision
 from ..checkpoints import save
 from ..data import IMAGENET_MEAN_STD, Images
 from ..data.datasets import data_folder
@@ -40,7 +42,7 @@ def adapt(
 
     Args:
         network: "resnet20" or "resnet56"; the checkpoint lies in `checkpoints/` of the data folder.
-        folder: Where the network is saved, as `<network>_seed<seed>.safetensors`.
+        folder: Where the network is saved, as `<network>_seed<seed>.safetensors`; relative to the repository.
         epochs: How often each image is seen.
         seed: Of data order and augmentation.
         precision: Of training and evaluation.
@@ -60,12 +62,31 @@ def adapt(
     table = fit(model, train, test, epochs, decayed, **options)
     after = accuracy(model, test)
     facts = {"data": train.name, "epochs": epochs, "seed": seed, "accuracy": after}
-    save(model, Path(folder) / f"{network}_seed{seed}.safetensors", **facts)
+    save(model, repository() / folder / f"{network}_seed{seed}.safetensors", **facts)
     rows = [before, *table.drop(columns="seconds").to_dict("records")]
     return [row | {"data": train.name, "float32_accuracy": after} for row in rows]
 
 
 NETWORKS = "results/networks"  # where `adapt` has saved the dense networks of this repository
+
+
+def adapt_grid(network: str = "resnet20", device: str = "cpu", **_: object) -> list[dict]:
+    """List the one run of `adapt` that makes the dense network of the larger studies.
+
+    Args:
+        network: "resnet20" or "resnet56".
+        device: Where to train.
+
+    Returns:
+        One config.
+
+    Example:
+        >>> from pruneutils import studies
+        >>> studies.adapt_grid()
+        [{'network': 'resnet20', 'folder': 'results/networks', 'epochs': 10, 'seed': 0}]
+    """
+    config = {"network": network, "folder": NETWORKS, "epochs": 10, "seed": 0}
+    return [config if device == "cpu" else config | {"device": device}]
 
 
 def evaluation_mode(
@@ -92,12 +113,31 @@ def evaluation_mode(
     if order is not None:
         test = test.subset(len(test), order)
     model = models.load_weights(models.create(network), data_folder() / "checkpoints" / CHECKPOINTS[network])
-    model.train(mode == "batch")
-    hits = 0
-    with torch.no_grad():
-        for inputs, targets in test.batches(batch_size, shuffle=False, augment=False):
-            hits += int((model(inputs).argmax(1) == targets).sum())
-    return {"accuracy": hits / len(test), "data": test.name}
+    found = accuracy(model, test) if mode == "running" else accuracy_in_training_mode(model, test, batch_size)
+    return {"accuracy": found, "data": test.name}
+
+
+def evaluation_grid(orders: Sequence[int]) -> list[dict]:
+    """List the runs of `evaluation_mode`: both checkpoints, modes and normalisations, and the orders of the images.
+
+    Args:
+        orders: The seeds that shuffle the images; only batch statistics depend on the order.
+
+    Returns:
+        One config per run.
+
+    Example:
+        >>> from pruneutils import studies
+        >>> len(studies.evaluation_grid(orders=range(5)))
+        28
+    """
+    cells = [
+        {"network": network, "normalisation": normalisation}
+        for network in CHECKPOINTS
+        for normalisation in ("as trained", "half")
+    ]
+    grid = [cell | {"mode": mode} for cell in cells for mode in ("running", "batch")]
+    return grid + [cell | {"mode": "batch", "order": order} for cell in cells for order in orders]
 
 
 def accuracy_in_training_mode(
@@ -125,6 +165,7 @@ def accuracy_in_training_mode(
         True
     """
     shown = images if order is None else images.subset(len(images), order)
+    note_precision("float32")
     model.train()
     with torch.no_grad():
         hits = [

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import data, models
+from .._torch import note_precision
 from ..controls import redraw
 from ..costs import cost, cost_table
 from ..data import Images
@@ -60,6 +61,7 @@ def at_initialization(
     Returns:
         A row per compression and layer: kept and total weights, dense and sparse MACs, and `mac_density` of the whole.
     """
+    note_precision("float32")  # of the scores
     train = in_colour(dataset)
     some, generator = train.subset(100, seed), torch.Generator().manual_seed(seed)
     batch = next(iter(some.batches(100, generator=generator)))
