@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 import pruneutils as pu
+import results
 
 ROOT = Path(__file__).resolve().parent.parent
 CRITERIA = ("magnitude", "snip", "synflow")
@@ -184,23 +185,10 @@ def names_of(module) -> list[str]:
 
 def results_page() -> str:
     """Return a page with what is recorded in results/: the studies, and the runs of each."""
-    folders = [path for path in sorted((ROOT / "results").iterdir()) if any(path.glob("*.json"))]
-    rows, parts = [], []
-    for folder in folders:
+    parts = []
+    for folder in results.folders():
         frame = pu.experiments.load(folder)
-        done = frame[frame.status == "done"]
-        runs = done.drop_duplicates("run_time", keep="last")
-        rows.append(
-            {
-                "study": f"[{folder.name}](#{folder.name})",
-                "runs": len(runs),
-                "seeds": done.seed.nunique() if "seed" in done else "",
-                "data": told(done, "data"),
-                "device": told(done, "run_device"),
-                "hours": f"{runs.run_seconds.sum() / 3600:.2g}",
-                "commit": told(done, "run_commit"),
-            }
-        )
+        runs = frame[frame.status == "done"].drop_duplicates("run_time", keep="last")
         own = [c for c in runs.columns if not c.startswith("run_") and runs[c].map(pd.api.types.is_scalar).all()]
         own = [c for c in own if runs[c].nunique() > 1] or own
         shown = runs[own].tail(_SHOWN)
@@ -208,21 +196,11 @@ def results_page() -> str:
         parts.append(
             f"\n## {folder.name} {{ #{folder.name} }}\n\n{count}. Of a run with several rows, this is the last "
         )
-        parts.append(f"row.\n\n{table(shown)}\n")
+        parts.append(f"row.\n\n{results.table(shown)}\n")
+    studies = results.studies()
+    studies["study"] = [f"[{name}](#{name})" for name in studies.study]
     head = "# Results\n\nWhat is recorded in `results/`, written only by the experiment runner; the notebooks draw "
-    return head + "their pictures from these rows.\n\n" + table(pd.DataFrame(rows)) + "\n" + "".join(parts)
-
-
-def told(frame, column) -> str:
-    """Return the different values of a column."""
-    return ", ".join(map(str, frame[column].dropna().unique()[:4])) if column in frame else ""
-
-
-def table(frame: pd.DataFrame) -> str:
-    """Return a frame as a table in markdown."""
-    rows = [[f"{v:.4g}" if isinstance(v, float) else str(v).replace("|", "\\|") for v in row] for row in frame.values]
-    lines = [[*map(str, frame.columns)], ["---"] * len(frame.columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return head + "their pictures from these rows.\n\n" + results.table(studies) + "\n" + "".join(parts)
 
 
 # --- The explorer ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Write *What we found* of README from the records in results/: `make findings`, again whenever records have grown.
+"""Write *What we found* of README, and results/README.md, from the records: `make findings`, whenever they have grown.
 
 Each finding is a function that computes its sentence, with an interval, from the largest size recorded; it returns None
 as long as too little is recorded. README has the first five that say something. A test holds README to what this
@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 import pruneutils as pu
+import results
 from pruneutils import studies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,4 +292,5 @@ def written(text: str) -> str:
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(written(path.read_text()))
+    results.PAGE.write_text(results.page())
     print(found(), file=sys.stdout)

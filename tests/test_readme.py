@@ -17,6 +17,7 @@ INDEX = (ROOT / "notebooks/README.md").read_text()
 sys.path.append(str(ROOT / "docs"))
 
 import findings  # noqa: E402
+import results  # noqa: E402
 
 
 def test_the_examples_run(tmp_path, monkeypatch):
@@ -84,6 +85,20 @@ def test_what_we_found_is_what_the_records_say():
     listed = README.split(findings.BEGIN)[1].split(findings.END)[0]
     sentences = re.findall(r"^\d\. \*\*.*\[(\w+)\]\(notebooks/\1\.ipynb\)$", listed, flags=re.M)
     assert len(sentences) == 5 and len(re.findall(r"\[\d[\d.]*, \d[\d.]*\]", listed)) >= 4
+
+
+def test_the_page_of_recorded_studies_is_what_the_records_say():
+    assert results.PAGE.read_text() == results.page(), "run `make findings`: the records in results/ say something else"
+
+
+@pytest.mark.parametrize("folder", results.folders(), ids=lambda folder: folder.name)
+def test_a_sweep_cell_records_each_study(folder):
+    """The command of the table leads to the notebook whose sweep writes this store."""
+    notebook = re.search(r"NAME=(\w+) SIZE=(?:medium|full)", results.command(folder))[1]
+    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"]
+    sweeps = ["".join(cell["source"]) for cell in cells if "sweep" in cell["metadata"].get("tags", [])]
+    assert len(sweeps) == 1 and "experiments.sweep(" in sweeps[0]
+    assert re.search(rf"\b{folder.name.rsplit('_', 1)[0]}\b", sweeps[0])
 
 
 def test_findings_need_enough_seeds(tmp_path, monkeypatch):
