@@ -77,7 +77,9 @@ def readme() -> str:
 
 def front_page() -> str:
     """Return README with links that work on the site; what is no page here is named and not linked."""
-    text = readme().replace("(notebooks/README.md)", "(notebooks/index.md)").replace("(results/README.md)", "(results.md)")
+    text = (
+        readme().replace("(notebooks/README.md)", "(notebooks/index.md)").replace("(results/README.md)", "(results.md)")
+    )
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#|images/|notebooks/|results\.md)[^)]+\)", r"\1", text)
 
 

@@ -17,6 +17,7 @@ INDEX = (ROOT / "notebooks/README.md").read_text()
 sys.path.append(str(ROOT / "docs"))
 
 import findings  # noqa: E402
+
 import results  # noqa: E402
 
 

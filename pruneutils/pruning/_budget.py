@@ -5,6 +5,7 @@ weight of a convolution depends on its own filters and on the channels it reads;
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,10 +109,16 @@ class Order:
         return low
 
 
+def staying_units(groups: list[Group], min_density: float) -> dict[str, int]:
+    """Return how many units stay in any case, for each layer."""
+    counts = {layer: group.n_units for group in groups for layer in group.layers}
+    return {layer: max(1, math.ceil(round(min_density * n_units, 9))) for layer, n_units in counts.items()}
+
+
 def order_units(
-    model: nn.Module, groups: list[Group], scores: dict[str, torch.Tensor], min_density: float = 0.0
+    model: nn.Module, groups: list[Group], scores: dict[str, torch.Tensor], staying: Mapping[str, int]
 ) -> Order:
-    """Order all units by their scores, the mean over the filters of each; some of each group, the best, never go.
+    """Order all units by their scores, the mean over the filters of each; the best of each group, `staying`, never go.
 
     Ties go by position: of equal units, the first goes first. Raises ValueError where no filter of a group has a score.
     """
@@ -129,10 +136,9 @@ def order_units(
     group_of = np.repeat(np.arange(len(groups)), [group.n_units for group in groups])
     unit_of = np.concatenate([np.arange(group.n_units) for group in groups])
     starts = np.cumsum([0, *(group.n_units for group in groups)])
-    stays = [
-        start + np.argsort(mean, kind="stable")[-max(1, math.ceil(round(min_density * len(mean), 9))) :]
-        for start, mean in zip(starts, means)
-    ]
+    # A depthwise convolution of a single channel is an ordinary one, which was in no group before.
+    n_staying = [max(staying.get(layer, 1) for layer in group.layers) for group in groups]
+    stays = [start + np.argsort(mean, kind="stable")[-n:] for start, mean, n in zip(starts, means, n_staying)]
     may_go = np.setdiff1d(np.arange(len(score)), np.concatenate(stays))
     order = may_go[np.argsort(score[may_go], kind="stable")]
     rank = np.full(len(score), np.iinfo(np.int64).max)

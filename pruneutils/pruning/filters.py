@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from .. import _checks
 from .._torch import batches, device_of, full_float32, in_mode, own_random_state
 from . import schedules
-from ._budget import QUANTITIES, Order, order_units, terms_of
+from ._budget import QUANTITIES, Order, order_units, staying_units, terms_of
 from ._slicing import cut, kind_of_attention, size_of, tensor_cuts
 from ._surgery import Structure, analyse
 from .importances import Importance, filter_scores
@@ -74,7 +74,8 @@ def prune_filters(
             whole model, as `cost` counts). It is met as nearly as whole filters allow.
         data: One (inputs, targets) batch or an iterable of them, for measures that need data.
         exclude: Names or globs of layers whose filters stay.
-        min_density: The fraction of its filters that every layer keeps; one stays in any case.
+        min_density: The fraction of its filters, of those when this is called, that every layer keeps over all rounds;
+            one stays in any case.
         schedule: How `ratio` grows over the rounds: "front_loaded", "exponential", "linear", "cubic", or a function
             `(progress, start, target) -> fraction`.
         loss_fn: `(outputs, targets) -> mean loss over the batch`; cross-entropy by default.
@@ -107,13 +108,15 @@ def prune_filters(
     if isinstance(data, Iterator):
         data = list(data)  # an iterator would be empty in the second round
     inputs = _inputs(model, example_inputs, data)
-    total, gone = None, 0
+    total, gone, staying = None, 0, None
     for number, target in enumerate(targets, start=1):
         structure = analyse(model, inputs, exclude)
         if not structure.groups:
             raise ValueError(f"no filter can be removed: {_reasons(structure)}")
         scores = filter_scores(model, importance, data, example_inputs=inputs, loss_fn=loss_fn, seed=seed, **options)
-        order = order_units(model, structure.groups, scores, min_density)
+        if staying is None:  # of what the layers have now, not of what a round leaves
+            staying = staying_units(structure.groups, min_density)
+        order = order_units(model, structure.groups, scores, staying)
         terms = terms_of(model, structure.groups, of, inputs)
         present = order.amount(terms, 0)
         if total is None:

@@ -170,6 +170,19 @@ def test_ties_go_by_position_and_min_density_keeps_the_best():
     assert [model[0].out_features, model[2].out_features] == [3, 7]
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 5, 20])
+def test_min_density_counts_the_filters_before_the_first_round(rounds):
+    """Counted anew in every round, a tenth of a tenth would be kept."""
+    model = nn.Sequential(nn.Linear(2, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2))
+
+    def low_first(model, data):
+        return {f"{i}.weight": 100.0 * i + torch.arange(float(model[i].out_features)) for i in (0, 2, 4)}
+
+    pu.prune_filters(model, low_first, 0.4, torch.rand(1, 2), rounds, min_density=0.25)
+    assert [model[0].out_features, model[2].out_features] == [10, 38]
+    assert model.removed["0"]["out"]["kept"] == list(range(30, 40))
+
+
 def test_coupled_filters_share_their_mean_score():
     class Residual(nn.Module):
         def __init__(self):
