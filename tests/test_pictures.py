@@ -187,6 +187,9 @@ PICTURES = {
     "flops": lambda **o: plots.accuracy_vs_flops(runs(CRITERIA, SIX), title="Accuracy over computation", **o),
     "flops, linear": lambda **o: plots.accuracy_vs_flops(runs(["snip"], [0.1, 0.3, 0.5]), **o),
     "differences": lambda **o: plots.differences(runs(GRADUAL, [0.5, 0.8, 0.9, 0.95]), title="Paired", **o),
+    "differences, a row an arm": lambda **o: plots.differences(
+        runs([f"a rather long name {i}" for i in range(12)], [0.5, 0.9]), title="Paired", **o
+    ),
     "differences, many": lambda **o: plots.differences(
         runs(["instant", *WORDY], EIGHT).assign(setting=lambda f: "sparsity of " + f["sparsity"].round(3).astype(str)),
         x="setting", **o),

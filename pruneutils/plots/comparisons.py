@@ -12,11 +12,13 @@ from matplotlib.transforms import ScaledTranslation
 from .._checks import one_of
 from ..experiments.statistics import compare
 from .curves import side_by_side
-from .flat import columns_with_names
+from .flat import columns_with_names, rows_with_names
 from .legends import legend_outside
 from .look import WIDTH, Style, dress, method_styles, picture
 from .tables import need
 from .ticks import Percent, RoundTicks
+
+_COLUMNS = 8  # arms beside each other; with more of them, colours would come twice
 
 
 @picture
@@ -38,6 +40,7 @@ def differences(
 
     Pairs are runs of the same seed. Filled points differ from the reference, by the paired test of
     `pu.statistics.compare`, corrected after Holm over all points of the picture; hollow ones cannot be told apart.
+    More than eight arms get a row each, the best on top, and the values of `x` the colours.
 
     Args:
         frame: A row a run.
@@ -75,31 +78,39 @@ def differences(
         frame = frame.assign(**{x: frame[x].round(6)})  # achieved sparsities differ in their last digits only
     table = compare(frame, by=by, value=y, within=[x] if x else [], pair_on=pair_on, against=reference, level=level)
     table = _from_reference(table, reference)
-    own, ax = ax is None, ax or style.axes((WIDTH, 4.2))
-    dress(ax, style, title, grid="y")
     values = table[x].unique() if x else [None]  # words stay in their order, numbers have one of their own
-    in_order = sorted(values) if x and pd.api.types.is_numeric_dtype(frame[x]) else values
-    places = {value: place for place, value in enumerate(in_order)}
-    looks = method_styles(arms, style)
-    shown = [arm for arm in looks if arm in set(table["arm"])]
-    handles = []
-    for arm, aside in zip(shown, 1.6 * side_by_side(len(shown))):
-        rows = table[table["arm"] == arm]
-        shift = ScaledTranslation(aside / 72, 0, ax.figure.dpi_scale_trans)
-        _draw_arm(ax, rows, [places[value] for value in rows[x]] if x else [0], looks[arm], style, ax.transData + shift)
-        handles.append(Line2D([], [], color=looks[arm]["color"], marker=looks[arm]["marker"], linestyle="none"))
-    ax.axhline(0, color=style.text, linewidth=1, zorder=1.5)
-    ax.set_xlim(-0.5, len(places) - 0.5)
-    columns_with_names(ax, _names(places, frame, x))
-    ax.set_xlabel(x.replace("_", " ") if x else "")
+    in_order = sorted(values) if x and pd.api.types.is_numeric_dtype(frame[x]) else list(values)
+    table = table.assign(at=table[x] if x else 0)
+    names = dict(zip(in_order if x else [0], _names(in_order, frame, x)))
+    shown = [arm for arm in method_styles(arms, style) if arm in set(table["arm"])]
+    in_rows = len(shown) > _COLUMNS
+    own, ax = ax is None, ax or style.axes((WIDTH, 0.9 + 0.32 * len(shown) if in_rows else 4.2))
+    dress(ax, style, title, grid="x" if in_rows else "y")
+    if in_rows:
+        best = table[table["at"] == next(iter(names))].sort_values("difference", ascending=False)["arm"]
+        looks = dict(zip(names, method_styles(names.values(), style).values()))
+        places = {arm: place for place, arm in enumerate(dict.fromkeys([*best, *shown]))}
+        handles = _draw(ax, table, "at", "arm", looks, places, style, upright=False)
+        rows_with_names(ax, [str(arm) for arm in places], [], style, size=8.5)
+        ax.set_ylim(len(places) - 0.5, -0.5)
+        labels = [*names.values()]
+    else:
+        looks, places = method_styles(arms, style), {value: place for place, value in enumerate(names)}
+        handles = _draw(ax, table, "arm", "at", {arm: looks[arm] for arm in shown}, places, style, upright=True)
+        columns_with_names(ax, [*names.values()])
+        ax.set_xlim(-0.5, len(places) - 0.5)
+        ax.set_xlabel(x.replace("_", " ") if x else "")
+        labels = [*map(str, shown)]
+    (ax.axvline if in_rows else ax.axhline)(0, color=style.text, linewidth=1, zorder=1.5)
     if "accuracy" in y:
-        ax.yaxis.set_major_formatter(Percent("", signed=True))
-        ax.yaxis.set_major_locator(RoundTicks())
-    unit = "\n(percentage points)" if "accuracy" in y else ""
-    ax.set_ylabel(f"{y.replace('_', ' ')} minus that of {reference}{unit}")
+        axis = ax.xaxis if in_rows else ax.yaxis
+        axis.set_major_formatter(Percent("", signed=True))
+        axis.set_major_locator(RoundTicks())
+    unit = f"{' ' if in_rows else chr(10)}(percentage points)" if "accuracy" in y else ""
+    (ax.set_xlabel if in_rows else ax.set_ylabel)(f"{y.replace('_', ' ')} minus that of {reference}{unit}")
     hollow = {"color": style.muted, "linestyle": "none", "marker": "o"}
     handles += [Line2D([], [], **hollow), Line2D([], [], markerfacecolor=style.canvas, **hollow)]
-    labels = [*map(str, shown), f"differs (p < {100 * (1 - level):.2g} %, Holm)", "cannot be told apart"]
+    labels += [f"differs (p < {100 * (1 - level):.2g} %, Holm)", "cannot be told apart"]
     n = sorted(set(table["n"]))
     counts = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
     note = f"mean paired difference,\n{100 * level:g} % interval, n = {counts} pairs"
@@ -117,21 +128,29 @@ def _from_reference(table, reference) -> pd.DataFrame:
     return table.assign(arm=arm, difference=sign * table["difference"], low=low, high=high)
 
 
-def _draw_arm(ax, rows, places, look, style, transform):
-    color = look["color"]
-    for place, row in zip(places, rows.itertuples()):
-        ax.update_datalim([(place, value) for value in (row.low, row.high, row.difference) if np.isfinite(value)])
-        if np.isfinite(row.low):
-            ax.vlines(place, row.low, row.high, color=color, linewidth=1.6, transform=transform)
-        face = color if row.differs else style.canvas
-        point = {"marker": look["marker"], "markerfacecolor": face, "markeredgecolor": color, "markersize": 6.5}
-        ax.plot(place, row.difference, linestyle="none", markeredgewidth=1.4, transform=transform, zorder=3, **point)
+def _draw(ax, table, by, along, looks, places, style, upright) -> list[Line2D]:
+    """Draw a series for each look, side by side where they share a place; return what a legend shows of them."""
+    for name, aside in zip(looks, (1.6 if upright else 2.2) * side_by_side(len(looks))):
+        shift = (aside / 72, 0) if upright else (0, -aside / 72)
+        transform = ax.transData + ScaledTranslation(*shift, ax.figure.dpi_scale_trans)
+        color, marker = looks[name]["color"], looks[name]["marker"]
+        for row in table[table[by] == name].itertuples():
+            place = places[getattr(row, along)]
+            ends = [(place, value) for value in (row.low, row.high, row.difference) if np.isfinite(value)]
+            ax.update_datalim(ends if upright else [end[::-1] for end in ends])
+            if np.isfinite(row.low):
+                draw = ax.vlines if upright else ax.hlines
+                draw(place, row.low, row.high, color=color, linewidth=1.6, transform=transform)
+            face = color if row.differs else style.canvas
+            point = {"marker": marker, "markerfacecolor": face, "markeredgecolor": color, "markersize": 6.5}
+            point |= {"linestyle": "none", "markeredgewidth": 1.4, "transform": transform, "zorder": 3}
+            ax.plot(*((place, row.difference) if upright else (row.difference, place)), **point)
     ax.autoscale_view()
+    return [Line2D([], [], color=look["color"], marker=look["marker"], linestyle="none") for look in looks.values()]
 
 
-def _names(places, frame, x) -> list[str]:
+def _names(values, frame, x) -> list[str]:
     """Percent for fractions, else the values as they are."""
-    values = list(places)
     if x and pd.api.types.is_float_dtype(frame[x]) and min(values) >= 0 and max(values) <= 1:
         told = ([f"{100 * value:.{digits}g} %" for value in values] for digits in (3, 4, 6))
         return next((names for names in told if len(set(names)) == len(names)), [f"{100 * v} %" for v in values])

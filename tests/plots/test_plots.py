@@ -432,6 +432,30 @@ def test_differences_need_no_x_and_take_names():
     assert [t.get_text() for t in plots.differences(both, x="network").get_xticklabels()] == ["VGG-16", "LeNet-5"]
 
 
+def test_many_arms_get_a_row_each_with_the_best_on_top():
+    """Nine arms and a reference: eight colours would come twice, so the values of x have the colours."""
+    gains = {f"arm {i}": gain for i, gain in enumerate((0.0, 0.03, -0.01, 0.02, 0.05, -0.04, 0.01, 0.04, -0.02, 0.06))}
+    rows = [
+        (arm, held, seed, 0.8 + gain * (1 if held == "work" else -1) + 0.001 * seed * (1 + gain))
+        for held in ("work", "filters")
+        for arm, gain in gains.items()
+        for seed in range(4)
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "held", "seed", "accuracy"])
+    ax = plots.differences(frame, x="held", against="arm 0", title="Ten arms")
+    ax.figure.draw_without_rendering()
+    named = [text.get_text() for text in ax.get_yticklabels()]
+    assert named == sorted(set(gains) - {"arm 0"}, key=gains.get, reverse=True)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first row is on top
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend[:2] == ["work", "filters"]
+    marks = [line for line in ax.lines if line.get_marker() not in ("", "None", None)]
+    assert len(marks) == 18 and len({to_hex(mark.get_markeredgecolor()) for mark in marks}) == 2
+    color = to_hex(ax.get_legend().legend_handles[0].get_color())
+    drawn = {named[int(y)]: x for m in marks if to_hex(m.get_markeredgecolor()) == color for x, y in m.get_xydata()}
+    assert drawn == pytest.approx({arm: gain + 0.0015 * gain for arm, gain in gains.items() if arm != "arm 0"})
+
+
 def test_courses_stand_above_the_accuracy_and_dense_runs_in_every_column():
     courses = pd.DataFrame({"epoch": [0, 1, 2], "sparsity": [0, 0.5, 0.9], "learning rate": [1, 0.5, 0]})
     courses = pd.concat([courses.assign(arm=f"{n} prunings", equal=equal) for n, equal in ((2, "total"), (4, "rest"))])
