@@ -232,6 +232,37 @@ def in_words(row: pd.Series) -> str:
     return f"{name} {told} {other} ({_points(row)})"
 
 
+def against_random_before_training(runs: pd.DataFrame) -> str:
+    """Say how the criteria compare with random pruning at a density of 10 %, and at 1 % where that is recorded.
+
+    Args:
+        runs: One row per run, from `after_equal_epochs`.
+
+    Returns:
+        Sentences. The verdicts are those of the whole question, corrected over all compressions.
+    """
+    rows = answers(runs, "is it better than random?")
+    told = []
+    for compression, density in ((1, "10 %"), (2, "1 %")):
+        found = rows[rows.compression == compression]
+        if len(found):
+            told.append(f"With {density} of the weights, {_in_one_sentence(found, 'random pruning')}.")
+    return " ".join(told)
+
+
+def _in_one_sentence(rows: pd.DataFrame, other: str) -> str:
+    """Sort the arms that were compared with one other arm by what was found, with their differences."""
+    better, worse = rows.differs & (rows.larger == rows.a), rows.differs & (rows.larger != rows.a)
+    told = []
+    for found, verbs in ((better, "beat(s)"), (worse, "lose(s) to"), (~rows.differs, "cannot be told apart from")):
+        arms = [f"{row.a} ({_points(row)})" for row in rows[found].sort_values("difference").itertuples()][::-1]
+        if arms:
+            named = " and ".join(filter(None, [", ".join(arms[:-1]), arms[-1]]))
+            verb = verbs.replace("(s)", "s" if len(arms) == 1 else "")
+            told.append(f"{named} {verb} {'it' if told else other}")
+    return "; ".join(told)
+
+
 def headline(runs: pd.DataFrame) -> str:
     """Say in a few sentences what happened at a density of 10 %: accuracies, random pruning, the controls that fail.
 
@@ -252,10 +283,7 @@ def headline(runs: pd.DataFrame) -> str:
     if len(stuck):
         arms = ", ".join(f"{name} in {n} of {seeds} seeds" for name, n in stuck.items())
         told += f" At the share of the commonest class, that is, untrained: {arms}."
-    told += "\n\n"
-    rows = answers(runs, "is it better than random?")  # one family over all compressions, as in the notebook's table
-    rows = rows[rows.compression == 1]
-    told += "**Against random pruning:** " + "; ".join(in_words(row) for _, row in rows.iterrows()) + "."
+    told += f"\n\n**Is it better than random?** {against_random_before_training(runs)}"
     if runs.control.nunique() > 1:
         rows = answers(runs, "is it the weights, or how many in each layer?")
         failed = [in_words(row) for _, row in rows.iterrows() if row["larger"] != "as scored"]
