@@ -448,6 +448,18 @@ def test_the_code_shown_gives_the_masks_shown(settings, options):
     assert words.html.escape(panel.code) in panel._code.value and "<button" in panel._code.value
 
 
+def test_the_code_asks_for_what_is_pruned_already_in_few_digits():
+    model = network()
+    total = pu.count(model).total
+    pu.prune(model, "magnitude", 0.7)
+    panel = sparsity_explorer(model, DATA, sparsity=0.0)
+    assert panel.slider.value == pu.count(model).sparsity != 0.7
+    names = {"pu": pu, "model": copy.deepcopy(model)}
+    exec(panel.code, names)
+    assert equal(names["masks"], panel.masks)
+    assert len(panel.code.split("sparsity=")[1].split(",")[0]) <= len("0.") + len(str(total))
+
+
 def test_code_of_functions_and_objects_names_them():
     def mine(model, data):
         return {name: weight.abs() for name, weight in pu.prunable_weights(model).items()}

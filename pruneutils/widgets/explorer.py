@@ -236,7 +236,7 @@ class SparsityExplorer:
         trial, criterion = self._trial, self.choice.criterion
         needs_data = not isinstance(criterion, str) or "data" in _parameters(criterion)
         options = {"exclude": trial.exclude, "loss_fn": trial.loss_fn, "seed": trial.seed}
-        return words.code(self.choice, needs_data=needs_data, **options)
+        return words.code(self.choice, total=trial.total, needs_data=needs_data, **options)
 
     @_in_turn
     def apply(self) -> Masks:

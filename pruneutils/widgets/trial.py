@@ -172,7 +172,7 @@ class Trial:
         self._statistics = [buffer.clone() for buffer in twin.buffers()]
         self._at_a_time = images_at_a_time(self.empty.macs)
         self._seen = self._state()
-        total = sum(weight.numel() for weight in weights.values())
+        self.total = total = sum(weight.numel() for weight in weights.values())
         pruned = sum(int((~mask).count_nonzero()) for name, mask in self._present.items() if name in weights)
         self.least = pruned / total
 

@@ -58,12 +58,18 @@ def told(lines: list[str]) -> str:
 
 
 def code(
-    choice: Choice, *, needs_data: bool, exclude: object = (), loss_fn: Callable | None = None, seed: int = 0
+    choice: Choice,
+    *,
+    total: int,
+    needs_data: bool,
+    exclude: object = (),
+    loss_fn: Callable | None = None,
+    seed: int = 0,
 ) -> str:
-    """Return the calls that prune a model as chosen; they speak of `model` and, where data is needed, of `batch`."""
+    """Return the calls that prune a model of `total` weights as chosen; they speak of `model` and `batch`."""
     arguments = ["model", named(choice.criterion)]
     if choice.sparsity is not None:
-        arguments.append(f"sparsity={choice.sparsity!r}")
+        arguments.append(f"sparsity={_shortest(choice.sparsity, total)!r}")
         arguments.append(f"scope={named(choice.scope)}")
     arguments.append(f"granularity={named(choice.granularity)}")
     arguments += ["data=batch"] if needs_data else []
@@ -73,6 +79,12 @@ def code(
     arguments += [f"seed={seed}"] if seed else []
     call = f"masks = pu.prune({', '.join(arguments)})"
     return call + ("\npu.recalibrate(model, batch)" if choice.recalibrated else "")
+
+
+def _shortest(sparsity: float, total: int) -> float:
+    """Return the shortest decimal that asks for as many weights as this sparsity does."""
+    decimals = (round(sparsity, digits) for digits in range(1, 18))
+    return next(s for s in decimals if round(s * total) == round(sparsity * total))
 
 
 def named(value: object) -> str:
