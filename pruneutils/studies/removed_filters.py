@@ -399,10 +399,10 @@ def tell_filters(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-
     better = [row.a for row in found.itertuples() if row.differs and row.larger == row.a]
     named = ", ".join(f"`{row.a}` ({_points(row)})" for row in found.itertuples() if row.a in better)
     worse = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if row.differs and row.larger == "random"]
-    same = [f"`{row.a}` ({_points(row)})" for row in found.itertuples() if not row.differs]
+    same = [f"`{row.a}`" for row in found.itertuples() if not row.differs]
     told += f"{len(better)} of {len(found)} measures beat random removal{': ' + named if named else ''}."
     told += f" Worse than random: {', '.join(worse)}." if worse else ""
-    return told + (f" Not to be told from random: {', '.join(same)}." if same else "")
+    return told + (f" Not to be told apart from random: {', '.join(same)}." if same else "")
 
 
 def tell_flow(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-tuned") -> str:
