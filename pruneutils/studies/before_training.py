@@ -233,7 +233,7 @@ def in_words(row: pd.Series) -> str:
 
 
 def against_random_before_training(runs: pd.DataFrame) -> str:
-    """Say how the criteria compare with random pruning at a density of 10 %, and at 1 % where that is recorded.
+    """Say how the criteria compare with random pruning at a density of 10 %, at 1 %, and at others where none differs.
 
     Args:
         runs: One row per run, from `after_equal_epochs`.
@@ -247,6 +247,11 @@ def against_random_before_training(runs: pd.DataFrame) -> str:
         found = rows[rows.compression == compression]
         if len(found):
             told.append(f"With {density} of the weights, {_in_one_sentence(found, 'random pruning')}.")
+    others = rows[~rows.compression.isin([1, 2])]
+    if len(others) and not others.differs.any():
+        least, most = (100 * 10 ** -others.compression.agg(end) for end in ("max", "min"))
+        widest = 100 * others.difference.abs().max()
+        told.append(f"With {least:.0f} to {most:.0f} %, none can be told apart from it ({widest:.1f} points at most).")
     return " ".join(told)
 
 
