@@ -126,7 +126,7 @@ def _before_training(frame) -> str | None:
     runs = studies.after_equal_epochs(frame)
     if not (runs.compression == 1).any():
         return None
-    network, epochs = _NETWORKS[runs.network.iloc[0]], (runs.pre_epochs + runs.epoch).iloc[0]
+    network, epochs = studies.in_full(runs.network.iloc[0]), (runs.pre_epochs + runs.epoch).iloc[0]
     told = f"*{network}, {epochs} epochs on {on(runs)}.* {studies.against_random_before_training(runs)} "
     plain = runs[(runs.control == "none") & (runs.compression == 1)]
     seeds = runs.seed.nunique()
@@ -142,7 +142,6 @@ def _before_training(frame) -> str | None:
 
 
 _CRITERIA = ("random", "magnitude", "snip", "grasp", "synflow")
-_NETWORKS = {"vgg16": "VGG-16", "fc": "784-100x5-10"}
 
 
 @finding("grasp_threshold_debug")
@@ -278,8 +277,8 @@ def percent(fraction: float, decimals: int = 1) -> str:
 
 def on(frame: pd.DataFrame) -> str:
     """Name the data."""
-    words = {"cifar10 (image folder)": "CIFAR-10 as JPEG images", "cifar10": "CIFAR-10", "mnist": "MNIST"}
-    return ", ".join(words.get(name, name) for name in sorted(set(frame.data.dropna())))
+    names = (studies.in_full(name) for name in sorted(set(frame.data.dropna())))
+    return ", ".join(names).replace("(JPEG)", "as JPEG images")
 
 
 def found(n: int = 5) -> str:

@@ -194,6 +194,29 @@ def with_all_layers(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs.groupby(["method", "compression", "control"]).empty_layers.transform("median") == 0]
 
 
+_IN_FULL = {
+    "fc": "784-100x5-10", "vgg16": "VGG-16", "resnet20": "ResNet-20", "mnist": "MNIST", "cifar10": "CIFAR-10",
+    "cifar10 (image folder)": "CIFAR-10 (JPEG)",
+}  # fmt: skip
+
+
+def in_full(name: str) -> str:
+    """Name a network or data as people do.
+
+    Args:
+        name: As in a record.
+
+    Returns:
+        The usual name, or the same name if there is none.
+
+    Example:
+        >>> from pruneutils import studies
+        >>> studies.in_full("cifar10 (image folder)")
+        'CIFAR-10 (JPEG)'
+    """
+    return _IN_FULL.get(name, name)
+
+
 QUESTIONS = {
     "is it better than random?": [(method, "random") for method in ("magnitude", "snip", "grasp", "synflow")],
     "does it reach magnitude pruning after training?": [
@@ -282,7 +305,8 @@ def headline(runs: pd.DataFrame) -> str:
     chosen = runs[(runs.control == "none") & runs.compression.isin([0, 1])]
     means = 100 * chosen.groupby("method").accuracy.mean().sort_values(ascending=False)
     epochs, seeds = (runs.pre_epochs + runs.epoch).iloc[0], chosen.seed.nunique()
-    of = f"{runs.network.iloc[0]} with 10 % of its weights, after {epochs} epochs on {runs.data.iloc[0]}"
+    network, on = in_full(runs.network.iloc[0]), in_full(runs.data.iloc[0])
+    of = f"{network} with 10 % of its weights, after {epochs} epochs on {on}"
     told = f"**{of}** (mean of {seeds} seeds): {', '.join(f'{name} {mean:.1f} %' for name, mean in means.items())}."
     stuck = chosen[chosen.accuracy < chosen.commonest + 0.02].groupby("method").seed.nunique()
     if len(stuck):
