@@ -247,8 +247,8 @@ def _share(images: pd.DataFrame, network: str, state: str, arm: str, asked: floa
 
 
 def tell_sizes(
-    images: pd.DataFrame, pair: tuple[str, str], asked: float, arm: str = "weights, global",
-    family: Sequence[tuple[str, str]] = (),
+    images: pd.DataFrame, pair: tuple[str, str], asked: float,
+    arms: Sequence[str] = ("weights, global", "weights, per layer"), family: Sequence[tuple[str, str]] = (),
 ) -> str:  # fmt: skip
     """Answer in sentences whether the larger network loses less, as it is and with its batch norm recalibrated.
 
@@ -256,33 +256,34 @@ def tell_sizes(
         images: The table of `hits_by_image`.
         pair: The smaller and the larger network.
         asked: The ratio to tell of.
-        arm: One of `PRETRAINED_ARMS`.
+        arms: Some of `PRETRAINED_ARMS`.
         family: All pairs that are compared, over which the verdicts are corrected; by default this one.
 
     Returns:
-        The sentences, with differences in percentage points and their 95 % intervals over images.
+        A sentence and a list in Markdown, with differences in percentage points and their 95 % intervals over images.
     """
     before = " and ".join(_share(images, name, "plain", "dense", 0.0) for name in pair)
-    told = f"Accuracy before pruning: {before}."
-    table = images[images.network.isin(pair)]
-    for state, words in {"plain": "as they are", "recalibrated": "with batch norm recalibrated"}.items():
-        here = table[(table.state == state) & (table.arm == arm) & (table.asked == asked)]
-        if here.network.nunique() < 2:
-            continue
-        left = " and ".join(_share(images, name, state, arm, asked) for name in pair)
-        told += f" With {asked:.0%} of the convolutions' weights removed ({arm}), {words}: {left}; "
-        if _measurable(here).empty:
-            told += "one of them is near chance."
-            continue
-        found = compare_sizes(images, family or [pair], state).set_index(["arm", "asked", "a", "b"])
-        row = found.loc[(arm, asked, *pair)]
-        told += f"the loss of {pair[0]} minus that of {pair[1]} is {_points(row)}, "
-        told += f"so {row.larger} is less robust." if row.differs else "which cannot be told from zero."
+    told = f"Before pruning, {before}. With {asked:.0%} of the convolutions' weights removed:\n"
+    table = images[images.network.isin(pair) & (images.asked == asked)]
+    for arm in arms:
+        for state, words in {"plain": "as they are", "recalibrated": "with batch norm recalibrated"}.items():
+            here = table[(table.state == state) & (table.arm == arm)]
+            if here.network.nunique() < 2:
+                continue
+            left = " and ".join(_share(images, name, state, arm, asked) for name in pair)
+            told += f"\n- *{arm}, {words}:* {left}; "
+            if _measurable(here).empty:
+                told += "one of them is near chance."
+                continue
+            found = compare_sizes(images, family or [pair], state).set_index(["arm", "asked", "a", "b"])
+            row = found.loc[(arm, asked, *pair)]
+            told += f"the loss of {pair[0]} minus that of {pair[1]} is {_points(row)}, "
+            told += f"so {row.larger} is less robust." if row.differs else "which cannot be told from zero."
     return told
 
 
 def tell_repairs(images: pd.DataFrame, network: str, arm: str = "weights, global") -> str:
-    """Answer in a sentence a ratio what each repair gives a network back.
+    """Answer in a list what each repair gives a network back at each ratio.
 
     Args:
         images: The table of `hits_by_image`.
@@ -290,7 +291,7 @@ def tell_repairs(images: pd.DataFrame, network: str, arm: str = "weights, global
         arm: One of `PRETRAINED_ARMS`.
 
     Returns:
-        The sentences: the accuracy as it is, and what each repair adds in percentage points, with 95 % intervals.
+        The list in Markdown: the accuracy as it is, and what each repair adds in percentage points, with 95 % intervals.
     """
     rows, told = images[(images.network == network) & images.arm.isin([arm, "dense"])], []
     states = [state for state in ("recalibrated", "reconstructed", "both") if (rows.state == state).any()]
@@ -299,5 +300,5 @@ def tell_repairs(images: pd.DataFrame, network: str, arm: str = "weights, global
         plain = _share(rows, network, "plain", "dense" if asked == 0 else arm, asked)
         gains = ", ".join(f"{row.a} {_points(row)}{'' if row.differs else ' (not to be told from zero)'}"
                           for row in part.itertuples())  # fmt: skip
-        told.append(f"{'Dense' if asked == 0 else f'{asked:.0%} removed'}: {plain} as it is; {gains}.")
-    return " ".join(told)
+        told.append(f"- *{'dense' if asked == 0 else f'{asked:.0%} removed'}:* {plain} as it is; {gains}.")
+    return "\n".join(told)
