@@ -70,7 +70,7 @@ def robustness_is_in_the_statistics() -> str | None:
     return (
         "**At half of the weights, most of what one-shot pruning destroys is stale statistics.** Then "
         f"EfficientNet-Lite0 is right on {percent(half[half.state == 'plain'].hit.mean())} of 1,000 ImageNet images, "
-        f"and batch norm measured anew gives back {points(repaired)}. As they are, it loses {lead} more than the "
+        f"and batch norm measured anew gives back {points(repaired)}. Unrepaired, it loses {lead} more than the "
         f"larger Lite2; with batch norm measured anew, {left} more{_unclear(gaps[1])}{_layered(layered)} "
         f"(intervals over {repaired.n} images, {frame[frame.repair == 'recalibrated'].seed.nunique()} choices of the "
         "250 that repair)."

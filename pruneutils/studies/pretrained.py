@@ -291,7 +291,7 @@ def tell_repairs(images: pd.DataFrame, network: str, arm: str = "weights, global
         arm: One of `PRETRAINED_ARMS`.
 
     Returns:
-        The list in Markdown: the accuracy as it is, and what each repair adds in percentage points, with 95 % intervals.
+        The list in Markdown: the accuracy as it is, and what each repair adds in points, with 95 % intervals.
     """
     rows, told = images[(images.network == network) & images.arm.isin([arm, "dense"])], []
     states = [state for state in ("recalibrated", "reconstructed", "both") if (rows.state == state).any()]
