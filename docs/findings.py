@@ -61,7 +61,7 @@ def robustness_is_in_the_statistics() -> str | None:
         half, by="state", value="hit", against=[("recalibrated", "plain")], pair_on="image"
     ).itertuples()
     both, pairs = ("plain", "recalibrated"), [("lite0", "lite1"), ("lite0", "lite2"), ("lite1", "lite2")]
-    tables = [studies.compare_sizes(everything, pairs, state) for state in both]  # the families of the notebook
+    tables = [studies.compare_sizes(everything, pairs, state, state) for state in both]  # the families of the notebook
     gaps = [
         table.set_index(["arm", "asked", "a", "b"]).loc[("weights, global", 0.5, "lite0", "lite2")] for table in tables
     ]
@@ -71,7 +71,8 @@ def robustness_is_in_the_statistics() -> str | None:
         "**At half of the weights, most of what one-shot pruning destroys is stale statistics.** Then "
         f"EfficientNet-Lite0 is right on {percent(half[half.state == 'plain'].hit.mean())} of 1,000 ImageNet images, "
         f"and batch norm measured anew gives back {points(repaired)}. Unrepaired, it loses {lead} more than the "
-        f"larger Lite2; with batch norm measured anew, {left} more{_unclear(gaps[1])}{_layered(layered)} "
+        f"larger Lite2; with batch norm measured anew in all, the dense ones included, {left} more"
+        f"{_unclear(gaps[1])}{_layered(layered)} "
         f"(intervals over {repaired.n} images, {frame[frame.repair == 'recalibrated'].seed.nunique()} choices of the "
         "250 that repair)."
     )

@@ -75,6 +75,20 @@ def test_sizes_and_states_are_compared_image_by_image():
     assert "minus that of large is +50.0 points" in told and "so small is less robust" in told
     assert "near chance" in studies.tell_sizes(images, ("small", "large"), 0.7)
     assert "recalibrated +33.3 points" in studies.tell_repairs(images, "small")
+    counted = studies.count_verdicts(studies.compare_sizes(images, [("small", "large")]))
+    assert counted == "the smaller network loses more in 1 of 1 comparisons, the larger one in 0, and 0 are open"
+
+
+def test_losses_are_counted_from_the_dense_networks_that_are_asked_for():
+    """The small network loses 10 of 40 images by the repair alone, which is no fault of the pruning."""
+    rows = [run for name in ("small", "large") for run in runs(name, "dense", 0.0, "plain", "1" * 40)]
+    rows += runs("small", "dense", 0.0, "recalibrated", "0" * 10 + "1" * 30)
+    rows += runs("large", "dense", 0.0, "recalibrated", "1" * 40)
+    for name, lost in (("small", 20), ("large", 10)):
+        rows += runs(name, "weights, global", 0.5, "recalibrated", "0" * lost + "1" * (40 - lost))
+    images, pair = studies.hits_by_image(pd.DataFrame(rows)), [("small", "large")]
+    assert studies.compare_sizes(images, pair, "recalibrated").difference.tolist() == [pytest.approx(0.25)]
+    assert studies.compare_sizes(images, pair, "recalibrated", "recalibrated").difference.tolist() == [0]
 
 
 def unique(grid):

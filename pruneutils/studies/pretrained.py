@@ -203,21 +203,45 @@ def _measurable(images: pd.DataFrame, least: float = 0.05) -> pd.DataFrame:
     return images[images.set_index(["arm", "state", "asked"]).index.isin(means[means >= least].index)]
 
 
-def compare_sizes(images: pd.DataFrame, pairs: Sequence[tuple[str, str]], state: str = "plain") -> pd.DataFrame:
+def compare_sizes(
+    images: pd.DataFrame, pairs: Sequence[tuple[str, str]], state: str = "plain", dense: str = "plain"
+) -> pd.DataFrame:
     """Compare what two networks lose by the same pruning, image by image.
 
     Args:
         images: The table of `hits_by_image`.
         pairs: Pairs of networks.
         state: "plain", "recalibrated", "reconstructed" or "both".
+        dense: The state of the dense networks from which the losses are counted. A repair costs a dense network
+            something, too; counted from dense networks with the same repair, this cost is left out.
 
     Returns:
         The table of `compare`, a row per arm, ratio and pair; a positive difference says that the first one loses more.
-        What leaves one of the two below 5 % is left out.
+        An arm that leaves one of the networks below 5 % at a ratio is left out at that ratio.
     """
     rows = images[(images.state == state) & (images.arm != "dense")]
+    start = images[(images.state == dense) & (images.arm == "dense")].set_index(["network", "image"]).hit
+    rows = rows.join(start.rename("start"), on=["network", "image"])
+    rows = rows.assign(lost=rows.start - rows.hit).dropna(subset="lost")
     return compare(
         _measurable(rows), by="network", value="lost", against=list(pairs), within=["arm", "asked"], pair_on="image"
+    )
+
+
+def count_verdicts(table: pd.DataFrame, smaller: str = "the smaller network", larger: str = "the larger one") -> str:
+    """Say in how many rows of `compare_sizes` which network loses more.
+
+    Args:
+        table: The table; of each pair the smaller network comes first.
+        smaller: What to call it.
+        larger: What to call the other one.
+
+    Returns:
+        A sentence without its full stop.
+    """
+    a, b = (int((table.differs & (table.larger == table[side])).sum()) for side in ("a", "b"))
+    return (
+        f"{smaller} loses more in {a} of {len(table)} comparisons, {larger} in {b}, and {len(table) - a - b} are open"
     )
 
 
@@ -252,6 +276,8 @@ def tell_sizes(
 ) -> str:  # fmt: skip
     """Answer in sentences whether the larger network loses less, as it is and with its batch norm recalibrated.
 
+    Losses of recalibrated networks are counted from dense networks that are recalibrated, too.
+
     Args:
         images: The table of `hits_by_image`.
         pair: The smaller and the larger network.
@@ -263,7 +289,7 @@ def tell_sizes(
         A sentence and a list in Markdown, with differences in percentage points and their 95 % intervals over images.
     """
     before = " and ".join(_share(images, name, "plain", "dense", 0.0) for name in pair)
-    told = f"Before pruning, {before}. With {asked:.0%} of the convolutions' weights removed:\n"
+    told = f"Accuracy of the dense networks: {before}. With {asked:.0%} of the convolutions' weights removed:\n"
     table = images[images.network.isin(pair) & (images.asked == asked)]
     for arm in arms:
         for state, words in {"plain": "as they are", "recalibrated": "with batch norm recalibrated"}.items():
@@ -275,7 +301,7 @@ def tell_sizes(
             if _measurable(here).empty:
                 told += "one of them is near chance."
                 continue
-            found = compare_sizes(images, family or [pair], state).set_index(["arm", "asked", "a", "b"])
+            found = compare_sizes(images, family or [pair], state, state).set_index(["arm", "asked", "a", "b"])
             row = found.loc[(arm, asked, *pair)]
             told += f"the loss of {pair[0]} minus that of {pair[1]} is {_points(row)}, "
             told += f"so {row.larger} is less robust." if row.differs else "which cannot be told from zero."
