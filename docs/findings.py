@@ -99,7 +99,6 @@ def several_prunings() -> str | None:
     rows = studies.prunings_against_one(studies.last_epochs(frame, target)).set_index(["equal", "a"])
     high = studies.gradual_against_instant(studies.last_epochs(frame)).set_index(["equal", "sparsity"])
     last = high.loc[studies.OWN_WAY].index.max()
-    survives = studies.tell_gradual(frame).split(". ")[-1].rstrip(".")
     most = f"{frame[frame.design == 'restarts'].prunings.max()} prunings"
     return (
         f"**Whether many prunings beat one depends on what is held equal.** A ResNet-20 loses {percent(target, 0)} of "
@@ -108,7 +107,8 @@ def several_prunings() -> str | None:
         f"{points(rows.loc[('equal recovery', most)])} if all train equally long after the last pruning. A ramp, the "
         "usual form of gradual pruning, minus one pruning before the first epoch, the usual form of instant pruning, "
         f"is {points(rows.loc[(studies.OWN_WAY, 'ramp')])}, and {points(high.loc[(studies.OWN_WAY, last)])} at "
-        f"{percent(last, 0)}. {survives} (one network, {frame.seed.nunique()} orders of the images, {on(frame)})."
+        f"{percent(last, 0)}. What survives all comparisons: {studies.surviving(frame)} "
+        f"(one network, {frame.seed.nunique()} orders of the images, {on(frame)})."
     )
 
 

@@ -160,9 +160,9 @@ def test_what_survives_each_design_is_told():
     found = studies.gradual_against_instant(final).set_index("equal").difference.round(2)
     assert found.to_dict() == {"equal total": -0.02, "equal recovery": 0.11, studies.OWN_WAY: 0.01}
     told = studies.tell_gradual(final.assign(data="digits", precision="float32", run_device="cpu"))
-    assert "With equal total: instant is better at 90 % (gradual minus instant -" in told
-    assert "one pruning before the first epoch): gradual is better at 90 %" in told
-    assert told.endswith("What survives all comparisons: nothing.")
+    assert "- *equal total:* instant is better at 90 % (-" in told
+    assert "one pruning before the first epoch):* gradual is better at 90 % (+" in told
+    assert told.endswith("**What survives all comparisons:** nothing.") and studies.surviving(final) == "nothing"
     found = studies.prunings_against_one(final).set_index(["equal", "a"]).difference.round(2)
     expected = {("equal total", "8 prunings"): -0.02, ("equal recovery", "ramp"): 0.11, (studies.OWN_WAY, "ramp"): 0.01}
     assert found.to_dict() == expected

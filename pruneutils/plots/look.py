@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from .._checks import one_of
 
 WIDTH = 8.4  # inches of a whole picture: at the inline backend's 100 dots an inch the 840 pixels of a README
-_METHOD_SLOTS = {"magnitude": 0, "snip": 1, "grasp": 2, "synflow": 3, "gradient": 4, "random": 6}
+_METHOD_SLOTS = {"magnitude": 0, "snip": 1, "grasp": 2, "synflow": 3, "gradient": 4, "ramp": 5, "random": 6}
 _MARKERS = "osD^vP>X"
 _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-", (0, (8, 2)))
 

@@ -308,11 +308,14 @@ def compare_networks(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[f
         asked: The ratios at which they are compared.
 
     Returns:
-        A row per rule and ratio, as from `compare`, first network minus second.
+        A row per rule and ratio, as from `compare`, first network minus second. The verdicts are corrected for all
+        rules and ratios, also for those that are left out because of what they measured.
     """
     lost = accuracy_lost(frame[frame.network.isin(pair)])
-    lost = above_chance(lost[lost.asked.isin(asked) & lost.arm.isin(ONE_SHOT_RULES)])
-    return compare(lost, by="network", value="lost", against=[tuple(pair)], within=["arm", "asked"])
+    lost = lost[lost.asked.isin(asked) & lost.arm.isin(ONE_SHOT_RULES)]
+    table = compare(lost, by="network", value="lost", against=[tuple(pair)], within=["arm", "asked"])
+    cells = above_chance(lost).set_index(["arm", "asked"]).index
+    return table[table.set_index(["arm", "asked"]).index.isin(cells)].reset_index(drop=True)
 
 
 def gaps_above_chance(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[float]) -> pd.DataFrame:
@@ -365,9 +368,9 @@ def tell_one_shot(frame: pd.DataFrame, pair: Sequence[str], asked: Sequence[floa
     by_weights = compare_gaps(gaps, [("mean, by weights", "sum, by weights")])
     return (
         f"Before pruning, the {first} network classifies {dense[first]:.1%} of the test images correctly and the "
-        f"{second} one {dense[second]:.1%}. The original rule ranks kernels by their sum; the difference in accuracy "
-        f"lost, {first} minus {second}, is {_told(original, 'so the {} network loses more')}. If we rank kernels by "
-        f"their mean, this difference changes: counted in kernels, by {_told(by_kernels, 'which the test confirms')}; "
-        f"counted in weights, so that both rankings remove equally many, by "
-        f"{_told(by_weights, 'which the test confirms')}."
+        f"{second} one {dense[second]:.1%}. The original rule ranks kernels by the sum of their magnitudes; the "
+        f"difference in accuracy lost, {first} minus {second}, is "
+        f"{_told(original, 'so the {} network loses more')}. If we rank kernels by their mean, this difference "
+        f"changes: counted in kernels, by {_told(by_kernels, 'which the test confirms')}; counted in weights, so that "
+        f"both rankings remove equally many, by {_told(by_weights, 'which the test confirms')}."
     )

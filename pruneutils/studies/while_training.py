@@ -234,12 +234,6 @@ def recorded_facts(frame: pd.DataFrame) -> str:
     )
 
 
-def _design_told(equal: str) -> str:
-    if equal == OWN_WAY:
-        return "With equal epochs, each spent its own way (the ramp, or one pruning before the first epoch)"
-    return f"With {equal}"
-
-
 def _points(row) -> str:
     return f"{100 * row.difference:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
 
@@ -255,42 +249,48 @@ def _too_few(frame: pd.DataFrame | None, record: str) -> str | None:
 
 
 def tell_prunings(frame: pd.DataFrame | None, target: float) -> str:
-    """Answer in sentences whether several prunings differ from one, in each design, with the paired differences."""
+    """Answer in a list whether several prunings differ from one, in each design, with the paired differences."""
     if missing := _too_few(frame, "gradual_pruning"):
         return missing
-    found, sentences = prunings_against_one(last_epochs(frame, target)), []
+    found, lines = prunings_against_one(last_epochs(frame, target)), []
     for equal, rows in found.groupby("equal", sort=False):
-        verdicts = {"these beat one pruning": rows.larger == rows.a, "these lose to it": rows.larger == rows.b}
-        verdicts["these cannot be told apart from it"] = ~rows.differs.astype(bool)
+        verdicts = {"better": rows.larger == rows.a, "worse": rows.larger == rows.b, "open": ~rows.differs.astype(bool)}
         told = [
-            f"{words}: {', '.join(f'{row.a} ({_points(row)})' for row in rows[chosen].itertuples())}"
+            f"{words} with {', '.join(f'{row.a} ({_points(row)})' for row in rows[chosen].itertuples())}"
             for words, chosen in verdicts.items()
             if chosen.any()
         ]
-        told = "; ".join(told).replace(" it:", " one pruning:", 1) if "beat" not in told[0] else "; ".join(told)
-        sentences.append(f"{_design_told(equal)}, at {100 * target:.0f} %, {told}.")
-    return " ".join(sentences)
+        lines.append(f"- *{_told_of(equal)}:* {'; '.join(told)}.")
+    head = f"Several prunings compared with one, to a sparsity of {100 * target:.0f} %:"
+    return head + "\n\n" + "\n".join(lines)
 
 
 def tell_gradual(frame: pd.DataFrame | None) -> str:
-    """Answer in sentences at which sparsities gradual and instant pruning differ, in each design and in all of them."""
+    """Answer in a list at which sparsities gradual and instant pruning differ, in each design and in all of them."""
     if missing := _too_few(frame, "gradual_vs_instant"):
         return missing
-    found, sentences = gradual_against_instant(last_epochs(frame)), []
+    found, lines = gradual_against_instant(last_epochs(frame)), []
     for equal, rows in found.groupby("equal", sort=False):
-        apart = [f"{row.larger} is better at {100 * row.sparsity:.0f} % (gradual minus instant {_points(row)})"
-                 for row in rows.itertuples() if row.differs]  # fmt: skip
-        rest = [f"{100 * row.sparsity:.0f} %" for row in rows.itertuples() if not row.differs]
-        told = f"{_design_told(equal)}: {'; '.join(apart)}" if apart else f"{_design_told(equal)}:"
-        if rest:
-            told += f"{';' if apart else ''} the two cannot be told apart at {', '.join(rest)}"
-        sentences.append(told + ".")
-    if found.equal.nunique() > 1:
-        verdicts = found[found.differs.astype(bool)].groupby("sparsity").larger
-        same = verdicts.agg(["nunique", "size", "first"]).query("nunique == 1 and size == @found.equal.nunique()")
-        survives = [f"{row['first']} is better at {100 * sparsity:.0f} %" for sparsity, row in same.iterrows()]
-        sentences.append(f"What survives all comparisons: {', '.join(survives) or 'nothing'}.")
-    return " ".join(sentences)
+        told = [
+            f"{f'{row.larger} is better' if row.differs else 'open'} at {100 * row.sparsity:.0f} % ({_points(row)})"
+            for row in rows.itertuples()
+        ]
+        lines.append(f"- *{_told_of(equal)}:* {'; '.join(told)}.")
+    told = "Gradual minus instant pruning:\n\n" + "\n".join(lines)
+    return f"{told}\n\n**What survives all comparisons:** {surviving(frame)}." if len(lines) > 1 else told
+
+
+def surviving(frame: pd.DataFrame) -> str:
+    """Say at which sparsities every comparison of gradual and instant pruning has the same verdict, and which."""
+    found = gradual_against_instant(last_epochs(frame))
+    verdicts = found[found.differs.astype(bool)].groupby("sparsity").larger
+    same = verdicts.agg(["nunique", "size", "first"]).query("nunique == 1 and size == @found.equal.nunique()")
+    told = [f"{row['first']} pruning is better at {100 * sparsity:.0f} %" for sparsity, row in same.iterrows()]
+    return ", ".join(told) or "nothing"
+
+
+def _told_of(equal: str) -> str:
+    return f"{equal} (the ramp against one pruning before the first epoch)" if equal == OWN_WAY else equal
 
 
 def beside_published(published: dict[int, float], frame: pd.DataFrame | None, target: float) -> pd.DataFrame:
