@@ -146,6 +146,18 @@ def test_a_measure_is_told_from_random_only_with_five_seeds():
     assert "between +1.00 and +1.00" in studies.tell_flow(frame, 0.5, "macs")
 
 
+def test_rounds_are_told_with_their_intervals_and_only_with_enough_seeds():
+    rows = [
+        {"importance": name, "rounds": n, "seed": seed, "epoch": epoch, "accuracy": 0.5 + gain * n * (1 + seed / 50)}
+        for name, gain in {"l1": 0.01, "bn": 0.0}.items() for n in (1, 5) for seed in range(5) for epoch in (1, 2)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows).assign(accuracy=lambda f: f.accuracy + 0.2 * (f.epoch == 1))  # the last epoch counts
+    told = studies.tell_rounds(frame)
+    assert "after 5 rounds of removal minus that after 1" in told and "by `l1` +4.2 points [" in told
+    assert "by `bn` +0.0 points [+0.0, +0.0], which is open" in told
+    assert "no verdict" in studies.tell_rounds(frame[frame.seed < 4]) and "0 of 5" in studies.tell_rounds(frame[:0])
+
+
 def finals(*arms, seeds=range(5)):
     """The last epoch of runs: (design, prunings, target, accuracy), a little more of it with each seed."""
     rows = [(*arm, seed) for arm in arms for seed in seeds]

@@ -85,6 +85,7 @@ from .removed_filters import (
     rounds_compared,
     tell_filters,
     tell_flow,
+    tell_rounds,
     with_every_measure,
 )
 from .vgg16 import (
@@ -223,6 +224,7 @@ __all__ = [
     "tell_one_shot",
     "tell_prunings",
     "tell_repairs",
+    "tell_rounds",
     "tell_sizes",
     "tell_vgg16",
     "train_pruned",

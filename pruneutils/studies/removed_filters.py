@@ -371,6 +371,27 @@ def rounds_compared(frame: pd.DataFrame) -> pd.DataFrame:
     return compare(last, by="rounds", against=last.rounds.min(), within="importance")
 
 
+def tell_rounds(frame: pd.DataFrame) -> str:
+    """Answer in a sentence whether many rounds differ from one.
+
+    Args:
+        frame: The finished runs of `remove_in_rounds`.
+
+    Returns:
+        The sentence, with the paired differences in percentage points.
+    """
+    if frame.empty or (seeds := frame.groupby(["importance", "rounds"]).seed.nunique().min()) < ENOUGH_SEEDS:
+        return f"{0 if frame.empty else seeds} of {ENOUGH_SEEDS} seeds have run in rounds, which gives no verdict."
+    told = [
+        f"by `{row.importance}` {_points(row)}{'' if row.differs else ', which is open'}"
+        for row in rounds_compared(frame).itertuples()
+    ]
+    most, least = frame.rounds.max(), frame.rounds.min()
+    return (
+        f"Accuracy after {most} rounds of removal minus that after {least}, equally long training: {'; '.join(told)}."
+    )
+
+
 def tell_filters(frame: pd.DataFrame, ratio: float, of: str, state: str = "fine-tuned") -> str:
     """Answer in sentences which measure keeps most, and which ones random removal equals or beats.
 
