@@ -188,8 +188,9 @@ def filters_against_random() -> str | None:
     if frame is None:
         return None
     runs = studies.removed_runs(frame)
-    runs = runs[(runs.rounds == 0) & (runs.ratio == 0.5) & (runs.state == "fine-tuned")]
-    runs = studies.with_every_measure(runs)
+    runs = studies.with_every_measure(runs[(runs.rounds == 0) & (runs.state == "fine-tuned")])
+    at_ratios = studies.against_random(runs[runs["of"] == "macs"])
+    runs = runs[runs.ratio == 0.5]
     if "macs" not in set(runs["of"]):
         return None
     rows = studies.against_random(runs)
@@ -198,13 +199,27 @@ def filters_against_random() -> str | None:
     worst, best = rows.iloc[0], rows.iloc[-1]
     also = studies.against_random(runs)
     also = also[also["of"] == "filters"]
-    filters = f"With equally many filters, {(also.larger == also.a).sum()} of {len(also)} beat it " if len(also) else ""
+    filters = (
+        f"With equally many filters, {(also.larger == also.a).sum()} of {len(also)} beat it. " if len(also) else ""
+    )
     return (
         "**Not every measure of a filter's importance beats chance.** With half of the multiply-accumulates of a "
         f"ResNet-20 removed and a short fine-tuning, {len(better)} of {len(rows)} measures beat "
         f"removing filters at random, and {len(worse)} lose to it: `{best.a}` minus random is {points(best)}, "
-        f"`{worst.a}` minus random {points(worst)}. {filters}(one network, {runs.seed.nunique()} orders, {on(runs)})."
+        f"`{worst.a}` minus random {points(worst)}. {filters}"
+        f"{_turning(at_ratios)}(one network, {runs.seed.nunique()} orders, {on(runs)})."
     )
+
+
+def _turning(rows) -> str:
+    """Name the measures whose verdict turns between the lowest and the highest ratio."""
+    few, many = (rows[rows.ratio == end].set_index("a") for end in (rows.ratio.min(), rows.ratio.max()))
+    turned = [a for a in few.index if few.larger[a] == a and many.larger[a] == "random"]
+    if not turned:
+        return ""
+    low, high = (percent(rows.ratio.agg(end), 0) for end in ("min", "max"))
+    which = " and ".join(f"`{a}`" for a in turned)
+    return f"With {low} of the multiply-accumulates removed, {which} beat it, and with {high} they lose to it "
 
 
 @finding("grasp_threshold_debug")

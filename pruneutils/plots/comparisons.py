@@ -84,7 +84,7 @@ def differences(
     names = dict(zip(in_order if x else [0], _names(in_order, frame, x)))
     shown = [arm for arm in method_styles(arms, style) if arm in set(table["arm"])]
     in_rows = len(shown) > _COLUMNS
-    own, ax = ax is None, ax or style.axes((WIDTH, 0.9 + 0.32 * len(shown) if in_rows else 4.2))
+    own, ax = ax is None, ax or style.axes((WIDTH, 0.9 + (0.12 + 0.1 * len(names)) * len(shown) if in_rows else 4.2))
     dress(ax, style, title, grid="x" if in_rows else "y")
     if in_rows:
         best = table[table["at"] == next(iter(names))].sort_values("difference", ascending=False)["arm"]
