@@ -85,7 +85,7 @@ def test_what_we_found_is_what_the_records_say():
     assert findings.written(README) == README, "run `make findings`: the records in results/ say something else"
     listed = README.split(findings.BEGIN)[1].split(findings.END)[0]
     sentences = re.findall(r"^\d\. \*\*.*\[(\w+)\]\(notebooks/\1\.ipynb\)$", listed, flags=re.M)
-    assert len(sentences) == 5 and len(re.findall(r"\[\d[\d.]*, \d[\d.]*\]", listed)) >= 4
+    assert len(sentences) == 5 and len(re.findall(r"\[[-+]?[\d.]+, [-+]?[\d.]+\]", listed)) >= 4
 
 
 def test_the_page_of_recorded_studies_is_what_the_records_say():
