@@ -104,7 +104,7 @@ def recorded(name: str, notebook: str | None = None) -> dict[str, "pd.DataFrame"
 
     Example:
         >>> pu.notebook.recorded("my_question")
-        my_question is not recorded in results/ yet; this does: make study NAME=my_question SIZE=medium
+        no run of my_question is recorded yet; to record some: make study NAME=my_question SIZE=medium
         {}
     """
     from .experiments import load
@@ -113,8 +113,8 @@ def recorded(name: str, notebook: str | None = None) -> dict[str, "pd.DataFrame"
     folders = {size: _results() / f"{name}_{size}" for size in SIZES[1:]}
     frames = {size: load(folder) for size, folder in folders.items() if Store(folder).keys()}
     if not frames:
-        this = f"make study NAME={notebook or name} SIZE=medium"
-        print(f"{name} is not recorded in results/ yet; this does: {this}")
+        command = f"make study NAME={notebook or name} SIZE=medium"
+        print(f"no run of {name} is recorded yet; to record some: {command}")
     return {size: frame[frame.status == "done"] for size, frame in frames.items()}
 
 
