@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import recordings
 
 import pruneutils as pu
-import results
 
 ROOT = Path(__file__).resolve().parent.parent
 CRITERIA = ("magnitude", "snip", "synflow")
@@ -188,7 +188,7 @@ def names_of(module) -> list[str]:
 def results_page() -> str:
     """Return a page with what is recorded in results/: the studies, and the runs of each."""
     parts = []
-    for folder in results.folders():
+    for folder in recordings.folders():
         frame = pu.experiments.load(folder)
         runs = frame[frame.status == "done"].drop_duplicates("run_time", keep="last")
         own = [c for c in runs.columns if not c.startswith("run_") and runs[c].map(pd.api.types.is_scalar).all()]
@@ -198,11 +198,11 @@ def results_page() -> str:
         parts.append(
             f"\n## {folder.name} {{ #{folder.name} }}\n\n{count}. Of a run with several rows, this is the last "
         )
-        parts.append(f"row.\n\n{results.table(shown)}\n")
-    studies = results.studies()
+        parts.append(f"row.\n\n{recordings.table(shown)}\n")
+    studies = recordings.studies()
     studies["study"] = [f"[{name}](#{name})" for name in studies.study]
     head = "# Results\n\nWhat is recorded in `results/`, written only by the experiment runner; the notebooks draw "
-    return head + "their pictures from these rows.\n\n" + results.table(studies) + "\n" + "".join(parts)
+    return head + "their pictures from these rows.\n\n" + recordings.table(studies) + "\n" + "".join(parts)
 
 
 # --- The explorer ----------------------------------------------------------------------------------------------------

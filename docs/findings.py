@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import recordings
 
 import pruneutils as pu
-import results
 from pruneutils import studies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -332,5 +332,5 @@ def written(text: str) -> str:
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(written(path.read_text()))
-    results.PAGE.write_text(results.page())
+    recordings.PAGE.write_text(recordings.page())
     print(found(), file=sys.stdout)

@@ -17,8 +17,7 @@ INDEX = (ROOT / "notebooks/README.md").read_text()
 sys.path.append(str(ROOT / "docs"))
 
 import findings  # noqa: E402
-
-import results  # noqa: E402
+import recordings  # noqa: E402
 
 
 def test_the_examples_run(tmp_path, monkeypatch):
@@ -89,13 +88,15 @@ def test_what_we_found_is_what_the_records_say():
 
 
 def test_the_page_of_recorded_studies_is_what_the_records_say():
-    assert results.PAGE.read_text() == results.page(), "run `make findings`: the records in results/ say something else"
+    assert recordings.PAGE.read_text() == recordings.page(), (
+        "run `make findings`: the records in results/ say something else"
+    )
 
 
-@pytest.mark.parametrize("folder", results.folders(), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", recordings.folders(), ids=lambda folder: folder.name)
 def test_a_sweep_cell_records_each_study(folder):
     """The command of the table leads to the notebook whose sweep writes this store."""
-    notebook = re.search(r"NAME=(\w+) SIZE=(?:medium|full)", results.command(folder))[1]
+    notebook = re.search(r"NAME=(\w+) SIZE=(?:medium|full)", recordings.command(folder))[1]
     cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"]
     sweeps = ["".join(cell["source"]) for cell in cells if "sweep" in cell["metadata"].get("tags", [])]
     assert len(sweeps) == 1 and "experiments.sweep(" in sweeps[0]
