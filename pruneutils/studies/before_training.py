@@ -194,6 +194,9 @@ def with_all_layers(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs.groupby(["method", "compression", "control"]).empty_layers.transform("median") == 0]
 
 
+_IN_ORDER = (
+    "dense", "magnitude after training", "random", "magnitude", "snip", "grasp", "synflow", "synflow one-shot",
+)  # fmt: skip
 _IN_FULL = {
     "fc": "784-100x5-10", "vgg16": "VGG-16", "resnet20": "ResNet-20", "mnist": "MNIST", "cifar10": "CIFAR-10",
     "cifar10 (image folder)": "CIFAR-10 (JPEG)",
@@ -273,8 +276,10 @@ def against_random_before_training(runs: pd.DataFrame) -> str:
     others = rows[~rows.compression.isin([1, 2])]
     if len(others) and not others.differs.any():
         least, most = (100 * 10 ** -others.compression.agg(end) for end in ("max", "min"))
-        widest = 100 * others.difference.abs().max()
-        told.append(f"With {least:.0f} to {most:.0f} %, none can be told apart from it ({widest:.1f} points at most).")
+        reach = 100 * max(others.high.max(), -others.low.min())
+        told.append(
+            f"With {least:.0f} to {most:.0f} %, none can be told apart from it (intervals up to {reach:.1f} points)."
+        )
     return " ".join(told)
 
 
@@ -303,15 +308,21 @@ def headline(runs: pd.DataFrame) -> str:
     if runs.empty:
         return f"No compression is recorded with {ENOUGH_SEEDS} seeds of every arm yet, so there is no verdict."
     chosen = runs[(runs.control == "none") & runs.compression.isin([0, 1])]
-    means = 100 * chosen.groupby("method").accuracy.mean().sort_values(ascending=False)
     epochs, seeds = (runs.pre_epochs + runs.epoch).iloc[0], chosen.seed.nunique()
     network, on = in_full(runs.network.iloc[0]), in_full(runs.data.iloc[0])
     of = f"{network} with 10 % of its weights, after {epochs} epochs on {on}"
-    told = f"**{of}** (mean of {seeds} seeds): {', '.join(f'{name} {mean:.1f} %' for name, mean in means.items())}."
-    stuck = chosen[chosen.accuracy < chosen.commonest + 0.02].groupby("method").seed.nunique()
-    if len(stuck):
-        arms = ", ".join(f"{name} in {n} of {seeds} seeds" for name, n in stuck.items())
-        told += f" At the share of the commonest class, that is, untrained: {arms}."
+    learned, arms, stuck = chosen[chosen.accuracy >= chosen.commonest + 0.02], [], []
+    for name in [name for name in _IN_ORDER if name in set(chosen.method)]:
+        found = 100 * learned.accuracy[learned.method == name]
+        if len(found) == seeds:
+            arms.append(f"{name} {found.mean():.1f} %")
+        elif len(found):
+            arms.append(f"{name} {found.min():.0f} to {found.max():.0f} % in {len(found)} of {seeds} seeds")
+        else:
+            stuck.append(name)
+    told = f"**{of}** (mean of {seeds} seeds, or the range of those that learned): {', '.join(arms)}."
+    if stuck:
+        told += f" These learned nothing, being within 2 points of the commonest class's share: {', '.join(stuck)}."
     told += f"\n\n**Is it better than random?** {against_random_before_training(runs)}"
     if runs.control.nunique() > 1:
         rows = answers(runs, "is it the weights, or how many in each layer?")
