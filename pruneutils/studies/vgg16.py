@@ -278,8 +278,8 @@ def tell_vgg16(frame: pd.DataFrame) -> str:
     shares = work.groupby("criterion").mac_density.mean().sort_values()
     told = f"With 10 % of the weights, {', '.join(f'{100 * share:.0f} % ({name})' for name, share in shares.items())} "
     told += f"of the multiply-accumulates (MACs) are left (mean of {work.seed.nunique()} seeds).\n\n"
-    told += f"**{close} of {len(untrained)} published shares of the MACs are rebuilt to within {CLOSE}.** Six more, of magnitude, "
-    told += "cannot be: the original trained that network before it pruned. The largest "
+    told += f"**{close} of {len(untrained)} published shares of the MACs are rebuilt to within {CLOSE}.** "
+    told += "Those of magnitude cannot be: the original trained that network before it pruned. The largest "
     told += "difference is " + ", ".join(f"{value:.4f} for {name}" for name, value in far.max().items()) + ". "
     copied = table.dropna(subset="copied")
     after = (copied.copied - copied.published).abs().groupby(copied.criterion, sort=False).max()
