@@ -23,8 +23,8 @@ Each folder holds the runs of one study, a JSON file per run: its settings, its 
 precision, seconds and commit. The notebooks draw their pictures from these files.
 
 The command in a row goes on with the study and skips what is recorded here. If the environment variable
-`PRUNEUTILS_RESULTS` names an empty folder, the study starts anew. The hours add up the times of all runs. Several of
-them shared the machine, so an idle one needs less. `make findings` writes this page.
+`PRUNEUTILS_RESULTS` names an empty folder (its whole path), the study starts anew. The hours add up the times of all
+runs. Several of them shared the machine, so an idle one needs less. `make findings` writes this page.
 
 """
 FOOT = """
