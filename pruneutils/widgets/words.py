@@ -69,7 +69,9 @@ def code(
     """Return the calls that prune a model of `total` weights as chosen; they speak of `model` and `batch`."""
     arguments = ["model", named(choice.criterion)]
     if choice.sparsity is not None:
-        arguments.append(f"sparsity={_shortest(choice.sparsity, total)!r}")
+        # Other scopes and granularities round each layer, or whole units, by themselves.
+        in_all = choice.scope == "global" and choice.granularity == "weight"
+        arguments.append(f"sparsity={_shortest(choice.sparsity, total) if in_all else choice.sparsity!r}")
         arguments.append(f"scope={named(choice.scope)}")
     arguments.append(f"granularity={named(choice.granularity)}")
     arguments += ["data=batch"] if needs_data else []
