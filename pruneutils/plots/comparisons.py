@@ -12,7 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 from .._checks import one_of
 from ..experiments.statistics import compare
 from .curves import side_by_side
-from .flat import columns_with_names, rows_with_names
+from .flat import columns_with_names
 from .legends import legend_outside
 from .look import WIDTH, Style, dress, method_styles, picture
 from .tables import need
@@ -91,7 +91,8 @@ def differences(
         looks = dict(zip(names, method_styles(names.values(), style).values()))
         places = {arm: place for place, arm in enumerate(dict.fromkeys([*best, *shown]))}
         handles = _draw(ax, table, "at", "arm", looks, places, style, upright=False)
-        rows_with_names(ax, [str(arm) for arm in places], [], style, size=8.5)
+        ax.set_yticks(range(len(places)), [str(arm) for arm in places])
+        ax.tick_params(axis="y", length=0, labelcolor=style.text)
         ax.set_ylim(len(places) - 0.5, -0.5)
         labels = [*names.values()]
     else:

@@ -180,8 +180,7 @@ def hits_by_image(frame: pd.DataFrame) -> pd.DataFrame:
         frame: The finished runs of `prune_and_repair`, with their network.
 
     Returns:
-        The columns network, arm, state, asked, image, hit (a fraction), and lost: what the dense network, as it came,
-        gets right of this image minus hit.
+        The columns network, arm, state, asked, image, and hit (a fraction).
     """
     key, rows = ["network", "arm", "state", "asked"], []
     for place, runs in frame.groupby(key, sort=False):
@@ -190,11 +189,7 @@ def hits_by_image(frame: pd.DataFrame) -> pd.DataFrame:
         image = np.flatnonzero(tested)
         hit = (marks == "1").sum(0)[image] / tested[image]
         rows.append(pd.DataFrame({"image": image, "hit": hit}).assign(**dict(zip(key, place, strict=True))))
-    table = pd.concat(rows, ignore_index=True)
-    dense = table[(table.arm == "dense") & (table.state == "plain")]
-    dense = dense.set_index(["network", "image"]).hit.rename("dense")
-    table = table.join(dense, on=["network", "image"])
-    return table.assign(lost=table.dense - table.hit)[[*key, "image", "hit", "lost"]]
+    return pd.concat(rows, ignore_index=True)[[*key, "image", "hit"]]
 
 
 def _measurable(images: pd.DataFrame, least: float = 0.05) -> pd.DataFrame:
@@ -228,21 +223,18 @@ def compare_sizes(
     )
 
 
-def count_verdicts(table: pd.DataFrame, smaller: str = "the smaller network", larger: str = "the larger one") -> str:
+def count_verdicts(table: pd.DataFrame) -> str:
     """Say in how many rows of `compare_sizes` which network loses more.
 
     Args:
         table: The table; of each pair the smaller network comes first.
-        smaller: What to call it.
-        larger: What to call the other one.
 
     Returns:
         A sentence without its full stop.
     """
     a, b = (int((table.differs & (table.larger == table[side])).sum()) for side in ("a", "b"))
-    return (
-        f"{smaller} loses more in {a} of {len(table)} comparisons, {larger} in {b}, and {len(table) - a - b} are open"
-    )
+    told = f"the smaller network loses more in {a} of {len(table)} comparisons, the larger one in {b}"
+    return f"{told}, and {len(table) - a - b} are open"
 
 
 def compare_states(images: pd.DataFrame, state: str, against: str = "plain") -> pd.DataFrame:

@@ -70,7 +70,7 @@ def adapt(
 NETWORKS = "results/networks"  # where `adapt` has saved the dense networks of this repository
 
 
-def adapt_grid(network: str = "resnet20", device: str = "cpu", **_: object) -> list[dict]:
+def adapt_grid(network: str = "resnet20", device: str = "cpu") -> list[dict]:
     """List the one run of `adapt` that makes the dense network of the larger studies.
 
     Args:
