@@ -17,10 +17,8 @@ T = TypeVar("T")
 
 def nearest(name: object, known: Iterable[object]) -> str:
     """End an error message about an unknown name: with the nearest known names, or with all of them."""
-    known, wanted = {str(each).lower(): str(each) for each in known}, str(name).lower()
-    longer = [each for each in known if wanted and each.startswith(wanted)]
-    close = longer if 0 < len(longer) <= 3 else difflib.get_close_matches(wanted, known, n=3)
-    if close:
+    known = {str(each).lower(): str(each) for each in known}
+    if close := difflib.get_close_matches(str(name).lower(), known, n=3):
         return f"did you mean {' or '.join(repr(known[each]) for each in close)}?"
     return f"known: {', '.join(known.values())}"
 
@@ -28,15 +26,6 @@ def nearest(name: object, known: Iterable[object]) -> str:
 def unknown(argument: str, value: object, known: Iterable[object]) -> ValueError:
     """Return the error for a name that nobody knows."""
     return ValueError(f"unknown {argument} {value!r}; {nearest(value, known)}")
-
-
-def choose(argument: str, value: Any, known: Mapping[str, T]) -> T:
-    """Return the choice with this name, or the value itself if it is callable."""
-    if callable(value):
-        return value
-    if not isinstance(value, str) or value not in known:
-        raise unknown(argument, value, known)
-    return known[value]
 
 
 def one_of(argument: str, value: T, known: Iterable[T]) -> T:
@@ -47,24 +36,32 @@ def one_of(argument: str, value: T, known: Iterable[T]) -> T:
     return value
 
 
-def fraction(argument: str, value: Any) -> float:
-    """Return the value if it is a number in [0, 1]."""
-    if torch.is_tensor(value) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-        raise ValueError(f"{argument} must be a fraction in [0, 1], not {value!r}")
-    return value
+def choose(argument: str, value: Any, known: Mapping[str, T]) -> T:
+    """Return the choice with this name, or the value itself if it is callable."""
+    return value if callable(value) else known[one_of(argument, value, known)]
 
 
 def number(argument: str, value: Any, least: float = -math.inf, finite: bool = True) -> float:
     """Return the value if it is a (finite) number, of numpy or torch too, of at least `least`."""
-    if torch.is_tensor(value) and value.ndim == 0:
-        value = value.item()
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
-    if not is_number or value < least or (finite and math.isinf(value)):
+    plain = _plain_number(value)
+    if plain is None or plain < least or (finite and math.isinf(plain)):
         bound = f" of at least {least:g}" if math.isfinite(least) else ""
         raise ValueError(f"{argument} must be a {'finite ' if finite else ''}number{bound}, not {value!r:.80}")
-    return value
+    return plain
+
+
+def fraction(argument: str, value: Any) -> float:
+    """Return the value if it is a number in [0, 1]."""
+    plain = _plain_number(value)
+    if plain is None or not 0 <= plain <= 1:
+        raise ValueError(f"{argument} must be a fraction in [0, 1], not {value!r:.80}")
+    return plain
+
+
+def _plain_number(value) -> float | None:
+    """The value without its tensor; None if it is no number."""
+    value = value.item() if torch.is_tensor(value) and value.ndim == 0 else value
+    return value if isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value) else None
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
@@ -74,103 +71,85 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def a_seed(value: Any) -> int:
-    """Return the seed if it is a whole number."""
-    return whole("seed", value, least=0)
-
-
-def a_function(argument: str, value: T) -> T:
-    """Return the value if it can be called, or is None."""
+def a_function(argument: str, value: T) -> None:
+    """Check that the value can be called, or is None."""
     if value is not None and not callable(value):
         raise TypeError(f"{argument} must be a function, not {value!r:.80}")
-    return value
 
 
 def a_model(model: Any) -> nn.Module:
-    """Return the model if it is one; TypeError says what else it is, and what to do with that."""
+    """Return the model if it is one."""
     if isinstance(model, nn.Module):
         return model
-    if isinstance(model, str):
-        makes = "pu.load makes a model of a file" if os.sep in model else "pu.models.create makes a model of a name"
-        way = f"the text {model!r:.60}; {makes}"
-    elif isinstance(model, type):
-        way = f"the class {model.__name__}; make a model of it, {model.__name__}(...)"
-    elif isinstance(model, Mapping) and model and all(map(torch.is_tensor, model.values())):
-        way = f"a dict of tensors ({type(model).__name__}); model.load_state_dict puts a state_dict into a model"
-    else:
-        way = f"{_kind(model)}; is it in the place of another argument?"
-    raise TypeError(f"model must be an nn.Module, not {way}")
+    raise TypeError(f"model must be an nn.Module, not {_kind(model)}")
 
 
 def a_path(path: Any) -> str | os.PathLike:
-    """Return the path if it is one; TypeError if something else stands in its place."""
-    if isinstance(path, (str, os.PathLike)):
-        return path
-    way = ""
-    if isinstance(path, nn.Module):
-        way = "; the model and the path have changed places"
-    elif isinstance(path, Mapping):
-        way = "; model.load_state_dict takes a state_dict"
-    raise TypeError(f"path must be the path of a file, not {_kind(path)}{way}")
+    """Return the path if it is one."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the path of a file, not {_kind(path)}")
+    return path
 
 
-def masks_by_name(masks: Any, argument: str = "masks") -> Mapping[str, Any]:
-    """Return the masks if they are a mapping; TypeError says where masks come from."""
-    if isinstance(masks, Mapping):
-        return masks
-    way = "; pu.get_masks(model) gives the masks of a model" if isinstance(masks, nn.Module) else ""
-    raise TypeError(f"{argument} must be {{parameter name: mask}}, not {_kind(masks)}{way}")
+def masks_by_name(masks: Any) -> Mapping[str, Any]:
+    """Return the masks if they are a mapping."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks must be {{parameter name: mask}} such as pu.get_masks(model) gives, not {_kind(masks)}")
+    return masks
 
 
 def _kind(value) -> str:
-    """Say what a value is, shortly: a model or a data set would fill the screen."""
-    if value is None:
-        return "None"
-    short = isinstance(value, (str, bytes, Real))
+    """Say shortly what a value is: a model or a data set would fill the screen."""
     name = type(value).__name__
-    return repr(value)[:60] if short else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+    return repr(value)[:60] if isinstance(value, (str, bytes, Real, type, type(None))) else f"an object of {name}"
 
 
 def some_data(argument: str, data: Any) -> Any:
-    """Return the data if they are one (inputs, targets) pair or can be iterated; TypeError says what they are."""
-    if isinstance(data, str):
-        raise TypeError(f"{argument} is the text {data!r:.60}; pu.data.load({data!r:.60}) gives (train, test)")
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(part, "targets") for part in data):
-        raise TypeError(f"{argument} holds two data sets, (train, test): give one of them, or each as its own argument")
-    if torch.is_tensor(data) or isinstance(data, (nn.Module, Mapping)) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"{argument} must be one (inputs, targets) pair of tensors or an iterable of them, not {_kind(data)}"
-        )
+    """Return the data if they are one (inputs, targets) pair or can be iterated."""
+    if isinstance(data, (str, torch.Tensor, nn.Module, Mapping)) or not isinstance(data, Iterable):
+        pairs = "one (inputs, targets) pair of tensors or an iterable of them, such as pu.data.load gives"
+        raise TypeError(f"{argument} must be {pairs}, not {_kind(data)}")
     return data
 
 
 def a_pair(argument: str, pair: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a batch if it is an (inputs, targets) pair of tensors."""
     if not is_pair(pair):
-        inside = f" of {' and '.join(map(_kind, pair))}" if isinstance(pair, (tuple, list)) and len(pair) < 4 else ""
+        inside = f" of {', '.join(map(_kind, pair))}" if isinstance(pair, (tuple, list)) and len(pair) < 4 else ""
         raise TypeError(f"{argument} must be an (inputs, targets) pair of tensors, not {_kind(pair)}{inside}")
     return tuple(pair)
-
-
-@contextlib.contextmanager
-def inputs_told(inputs: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
-    """Add to an error inside of a model what it was given; ValueError where inputs and targets have changed places."""
-    try:
-        yield
-    except Exception as error:
-        told = [f"{tuple(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (inputs, targets)]
-        if inputs.ndim == 1 and not inputs.is_floating_point() and targets.is_floating_point() and targets.ndim > 1:
-            raise ValueError(
-                f"inputs are {told[0]} and targets {told[1]}: they seem to have changed places, a pair is "
-                "(inputs, targets)"
-            ) from error
-        error.add_note(f"The inputs were {told[0]}, the targets {told[1]}.")
-        raise
 
 
 def is_pair(data: object) -> bool:
     """Tell whether `data` is one (inputs, targets) pair of tensors."""
     return isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(part) for part in data)
+
+
+@contextlib.contextmanager
+def add_shapes_to_errors(inputs: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
+    """Add to an error inside of a model what it was given; ValueError where inputs and targets have changed places."""
+    try:
+        yield
+    except Exception as error:
+        given = [f"{tuple(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (inputs, targets)]
+        if inputs.ndim == 1 and not inputs.is_floating_point() and targets.is_floating_point() and targets.ndim > 1:
+            message = f"inputs are {given[0]} and targets {given[1]}, but a pair is (inputs, targets)"
+            raise ValueError(message) from error
+        error.add_note(f"The inputs were {given[0]}, the targets {given[1]}.")
+        raise
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Name the extra of this package that brings what cannot be imported inside."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", __package__):
+            raise
+        way = f"pip install 'pruneutils[{extra}]'"
+        raise ModuleNotFoundError(f"{missing} is not installed; to get it: {way}", name=missing) from error
 
 
 def callers_level() -> int:

@@ -1,7 +1,7 @@
 """Which outputs are correct: one rule for `accuracy` and for the training accuracy of `fit`."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -9,14 +9,48 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._checks import a_function, callers_level, inputs_told, whole
-from ._torch import autocast, batches, device_of, full_float32, in_mode
+from ._checks import a_function, a_model, add_shapes_to_errors, callers_level, whole
+from ._torch import autocast, batches, device_of, full_float32, in_mode, resolve_precision
 
 Output = Callable[[object], torch.Tensor]
 Metric = Callable[[torch.Tensor, torch.Tensor], object]
 
 LEFT_OUT = -100  # the targets that torch's cross-entropy ignores by default, such as padding
-_FORMS = "outputs (N, classes), (N, tokens, classes) and (N, classes, height, width) or any positions are understood"
+_WAY = "metric=lambda outputs, targets: ... (a number for each sample) judges anything else"
+
+
+def accuracy(
+    model: nn.Module,
+    data: object,
+    topk: int = 1,
+    precision: str = "float32",
+    *,
+    output: Output | None = None,
+    metric: Metric | None = None,
+) -> float:
+    """Measure the fraction of samples classified correctly, in eval mode.
+
+    Args:
+        model: Any classifier whose outputs are (N, classes) for targets (N,), (N, tokens, classes) for (N, tokens), or
+            (N, classes, height, width) for (N, height, width). (N, classes, positions) needs `metric`.
+        data: One (inputs, targets) pair of tensors, or an iterable of such batches. Targets of -100 do not count.
+        topk: Count a sample as correct if its target is among the `topk` highest outputs.
+        precision: "float32" (the model's own type), "bfloat16" (autocast), or "auto": as for `fit`.
+        output: From what the model returns to the tensor of outputs, such as `lambda out: out["logits"]`.
+        metric: `(outputs, targets) -> a number for each sample` (or their mean), measured instead of the accuracy.
+
+    Returns:
+        The accuracy, a float in [0, 1], or the mean of `metric`.
+
+    Raises:
+        ValueError: If `data` holds no sample, `topk` exceeds the number of outputs, or outputs and targets do not fit.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+        >>> pu.accuracy(torch.nn.Identity(), (logits, torch.tensor([1, 2])))
+        0.5
+    """
+    return Judge(topk, output, metric).accuracy(model, data, resolve_precision(precision, a_model(model)))
 
 
 @dataclass(frozen=True)
@@ -39,7 +73,9 @@ class Judge:
         """Return the outputs among what a model returns; TypeError if it does not say where they are."""
         outputs = returned if self.output is None else self.output(returned)
         if not torch.is_tensor(outputs) and (self.metric is None or self.output is not None):
-            raise TypeError(_not_a_tensor(outputs, "the model" if self.output is None else "output="))
+            whose = "the model" if self.output is None else "output="
+            kind = f"a {type(outputs).__name__}, not a tensor of outputs"
+            raise TypeError(f"{whose} returns {kind}: give output=, such as output=lambda out: out['logits']")
         return outputs
 
     @torch.no_grad()
@@ -57,23 +93,19 @@ class Judge:
             hits = (outputs.topk(self.topk, dim=axis).indices == targets.unsqueeze(axis)).any(axis)
         judged = targets != self.left_out
         outside = ((targets < 0) | (targets >= n_classes)) & judged
-        if targets.device.type == "cpu" and outside.any():  # elsewhere this would wait; `mean` tells it
+        if targets.device.type == "cpu" and outside.any():  # elsewhere this would wait; `mean` raises
             wrong = ", ".join(map(str, targets[outside].unique().tolist()[:5]))
-            raise ValueError(self._told_outside(f"targets of {wrong}", f"these {n_classes} outputs"))
+            raise ValueError(f"targets {wrong} fit none of {n_classes} outputs; {self.left_out} does not count; {_WAY}")
         return torch.stack([hits.sum(), judged.sum(), outside.sum()])
 
     def mean(self, sums: torch.Tensor) -> float:
         """Return the mean that such sums make; ValueError if there is none."""
         total, judged, outside = sums.tolist()
         if outside:
-            raise ValueError(self._told_outside(f"{outside:,} of {judged:,} targets", "these outputs"))
+            raise ValueError(f"{outside:,} of {judged:,} targets are none of the classes; {_WAY}")
         if not judged:
             raise ValueError(f"there is nothing to judge: data is empty, or every target is {self.left_out} (left out)")
         return total / judged
-
-    def _told_outside(self, which, outputs) -> str:
-        left_out = f"targets of {self.left_out} are left out, and metric= may judge in any other way"
-        return f"{which} are no classes of {outputs}; {left_out}"
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, data: object, precision: str) -> float:
@@ -83,7 +115,7 @@ class Judge:
         with in_mode(model, training=False), full_float32():
             for inputs, targets in batches(data):
                 targets = targets.to(device, non_blocking=True)
-                with autocast(precision, device), inputs_told(inputs, targets):
+                with autocast(precision, device), add_shapes_to_errors(inputs, targets):
                     returned = model(inputs.to(device, non_blocking=True))
                 sums = sums + self(self.outputs(returned), targets)
         return self.mean(sums)
@@ -92,25 +124,20 @@ class Judge:
 def class_axis(outputs: torch.Tensor, targets: torch.Tensor) -> int:
     """Return the dimension of the classes; ValueError if outputs and targets do not fit together as documented."""
     shape, wanted = tuple(outputs.shape), tuple(targets.shape)
-    told = f"outputs of shape {shape} and targets of shape {wanted}"
+    both = f"outputs of shape {shape} and targets of shape {wanted}"
     if targets.is_floating_point() or targets.is_complex():
-        kind = str(targets.dtype).removeprefix("torch.")
-        raise ValueError(f"targets must be classes, whole numbers such as int64, not {kind} ({told}); {_ways(wanted)}")
-    if outputs.ndim < 2 or outputs.ndim != targets.ndim + 1:
-        raise ValueError(f"{told} do not fit together: {_FORMS}, with targets that lack the classes; {_ways(wanted)}")
-    axes = [axis for axis in ((2, 1) if outputs.ndim == 3 else (1,)) if shape[:axis] + shape[axis + 1 :] == wanted]
+        raise ValueError(f"targets must be classes, whole numbers such as int64, not {targets.dtype} ({both}); {_WAY}")
+    candidates = (2, 1) if outputs.ndim == 3 else (1,)
+    axes = [axis for axis in candidates if outputs.ndim > 1 and shape[:axis] + shape[axis + 1 :] == wanted]
     if not axes:
-        raise ValueError(f"{told} do not fit together: {_FORMS}; {_ways(wanted)}")
-    axis = axes[0]
+        forms = "outputs (N, classes), (N, tokens, classes) and (N, classes, height, width) are understood"
+        raise ValueError(f"{both} do not fit together: {forms}, with targets that lack the classes; {_WAY}")
     if len(axes) > 1 and shape[1] > 1:
-        warnings.warn(
-            f"{told} are read as (N, tokens, classes), not as (N, classes, positions): both fit. If the classes come "
-            "second, say so by metric=lambda out, targets: out.argmax(1) == targets, and in training by a loss_fn",
-            stacklevel=callers_level(),
-        )
-    if shape[axis] < 2:
-        raise ValueError(f"{told}: one output cannot tell classes apart; {_ways(wanted)}")
-    return axis
+        way = "if the classes come second, say so by metric=lambda out, targets: out.argmax(1) == targets"
+        warnings.warn(f"{both} are read as (N, tokens, classes), but {way}", stacklevel=callers_level())
+    if shape[axes[0]] < 2:
+        raise ValueError(f"{both}: one output cannot decide between classes; {_WAY}")
+    return axes[0]
 
 
 def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -126,31 +153,11 @@ def of_returned(loss_fn: Callable | None, output: Output | None) -> Callable | N
     return lambda returned, targets: (loss_fn or cross_entropy)(output(returned), targets)
 
 
-def _ways(targets) -> str:
-    dropped = "targets.squeeze(1) drops the dimension of 1, and " if len(targets) > 1 and targets[1] == 1 else ""
-    return f"{dropped}metric=lambda outputs, targets: ... (a number for each sample) judges anything else"
-
-
-def _not_a_tensor(outputs, whose) -> str:
-    kind, example = type(outputs).__name__, "..."
-    if isinstance(outputs, Mapping) and outputs:
-        keys = [str(key) for key in outputs]
-        likely = next((key for key in ("logits", "out", "output") if key in keys), keys[0])
-        kind, example = f"{kind} with {', '.join(map(repr, keys))}", f"out[{likely!r}]"
-    elif isinstance(outputs, (tuple, list)):
-        kind, example = f"{kind} of {len(outputs)}", "out[0]"
-    elif hasattr(outputs, "logits"):
-        example = "out.logits"
-    return f"{whose} returns a {kind}, not a tensor of outputs; say where these are by output=lambda out: {example}"
-
-
 def _measured(value, targets) -> torch.Tensor:
     """A number for each sample, or the mean of a batch, as sums."""
     if not torch.is_tensor(value) and not isinstance(value, Real):
         raise TypeError(f"metric must return a tensor (a number for each sample) or a number, not {value!r:.60}")
     value = torch.as_tensor(value, device=targets.device).detach()
-    if value.ndim == 0:  # the mean of the batch
-        total, judged = value.double() * len(targets), len(targets)
-    else:
-        total, judged = value.double().sum(), value.numel()
+    judged = len(targets) if value.ndim == 0 else value.numel()  # the mean of the batch, or a number for each sample
+    total = value.double() * judged if value.ndim == 0 else value.double().sum()
     return torch.stack([total, total.new_tensor(judged), total.new_zeros(())])

@@ -1,17 +1,16 @@
-"""Files that appear whole or not at all, and where the repository keeps its folders."""
+"""Files that appear whole or not at all, which tensors are one, and where the repository keeps its folders."""
 
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 
 def repository(start: str | os.PathLike = ".") -> Path:
-    """Return the nearest folder, from `start` upwards, that holds notebooks/ and results/ or pyproject.toml.
-
-    Where there is none, `start` takes its place: what is written then lies where the user looks for it.
-    """
+    """Return the nearest folder, from `start` upwards, with notebooks/ and results/ or pyproject.toml; else `start`."""
     start = Path(start).resolve()
     for folder in (start, *start.parents):
         if (folder / "notebooks").is_dir() and any((folder / name).exists() for name in ("results", "pyproject.toml")):
@@ -19,32 +18,10 @@ def repository(start: str | os.PathLike = ".") -> Path:
     return start
 
 
-@contextlib.contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Write to the path given inside; it takes the place of `path` when the block ends without an error.
-
-    A reader meets the old file or the new one, never half of one, also if the process is killed or the disk is full.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(_part_of(path))
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        yield part
-        part.chmod(mode)  # some writers make files that only their owner can read
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-
-
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Write a small file into a folder that is there, as `written_whole` does, and open it only once."""
-    part = _part_of(path)
+    """Write a file: a reader meets the old one or the new one, never half of one, even if the process is killed."""
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(part, "xb") as file:
             file.write(content)
@@ -57,6 +34,12 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
         raise
 
 
-def _part_of(path):
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+def tied_names(state: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return {name: the name under which the same tensor is stored}; a name with a mask is stored, else the first."""
+    first, tied = {}, {}
+    for name in sorted(state, key=lambda name: name not in masks):
+        tensor = state[name]
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+        if first.setdefault(place, name) != name:
+            tied[name] = first[place]
+    return tied

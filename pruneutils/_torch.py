@@ -4,15 +4,13 @@ import contextlib
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
 from ._checks import a_model, a_pair, is_pair, one_of, some_data
-
-PRECISIONS = ("float32", "bfloat16", "auto")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -38,12 +36,28 @@ def batches(data: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield a_pair("a batch", batch)
 
 
-def lazy_clone(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy whose memory is taken only when it, or the original, is written to."""
-    try:
-        return torch._lazy_clone(tensor)
-    except (AttributeError, RuntimeError):  # another torch, or memory that is not torch's own
-        return tensor.clone()
+def inputs_of(data: object, model: nn.Module, most: int | None = None) -> torch.Tensor:
+    """Return the inputs (N, ...) of all batches, or the first `most`, as one tensor on the model's device."""
+    parts = []
+    for batch in [data] if torch.is_tensor(data) or is_pair(data) else some_data("data", data):
+        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not torch.is_tensor(inputs):
+            raise TypeError(f"a batch must be inputs or an (inputs, targets) pair of tensors, not {type(inputs)}")
+        parts.append(inputs)
+        if most is not None and sum(map(len, parts)) >= most:
+            break
+    if not sum(map(len, parts)):
+        raise ValueError("data holds no sample")
+    return torch.cat(parts)[:most].to(device_of(model))
+
+
+@contextlib.contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable, after: bool = False) -> Iterator[None]:
+    """Call `hook` before (or after) each call of these modules, inside the `with` block."""
+    with contextlib.ExitStack() as hooks:
+        for m in modules:
+            hooks.enter_context(m.register_forward_hook(hook) if after else m.register_forward_pre_hook(hook))
+        yield
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -82,6 +96,12 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + zlib.crc32(purpose.encode())) % 2**32)
 
 
+def derive_seed(seed: int, *path: int | str) -> int:
+    """Return a seed for one purpose within a run, such as `derive_seed(seed, "grow", step)`: the scheme everywhere."""
+    numbers = [zlib.crc32(each.encode()) if isinstance(each, str) else each for each in path]
+    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])
+
+
 @contextlib.contextmanager
 def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
     """Start the random numbers of the CPU and of `device` from `seed` inside; outside, nothing has happened."""
@@ -91,30 +111,22 @@ def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def resolve_precision(precision: str, model: nn.Module) -> str:
-    """Return the precision that really runs, "float32" or "bfloat16", for one of `PRECISIONS`.
-
-    "auto" is bfloat16 for convolutional networks where it pays: on a GPU, or on a CPU with instructions for it.
-    """
-    one_of("precision", precision, PRECISIONS)
+    """Return the precision that really runs; "auto" is bfloat16 for convolutional networks where it pays."""
+    one_of("precision", precision, ("float32", "bfloat16", "auto"))
     if precision == "auto":
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
         precision = "bfloat16" if convolutional and bfloat16_pays(device_of(model).type) else "float32"
-    note_precision(precision)
+    for noted in _NOTED:
+        noted.add(precision)
     return precision
 
 
 _NOTED: list[set[str]] = []
 
 
-def note_precision(precision: str) -> None:
-    """Tell the record of the present run in which precision it computes."""
-    for noted in _NOTED:
-        noted.add(precision)
-
-
 @contextlib.contextmanager
 def precisions_noted() -> Iterator[set[str]]:
-    """Collect the precisions that run inside, so that the record of a run tells them."""
+    """Collect the precisions that run inside, for the record of a run."""
     _NOTED.append(set())
     try:
         yield _NOTED[-1]
@@ -146,15 +158,10 @@ def full_float32() -> Iterator[None]:
 
 
 def bfloat16_pays(device_type: str) -> bool:
-    """Tell whether convolutions are much faster in bfloat16: a CPU has instructions for it (1.4 to 2.7 times) or not.
-
-    It is looked up and not measured: on a busy machine a measurement is right in most processes, not in all, and a
-    study would mix precisions. ONEDNN_MAX_CPU_ISA can forbid the instructions.
-    """
+    """Tell whether convolutions are much faster in bfloat16, by a CPU's instructions: a measurement could be wrong."""
     if device_type != "cpu":
         return True
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if not any(word in allowed for word in ("ALL", "DEFAULT", "BF16", "FP16", "AMX")):
-        return False
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, flag, lambda: False)() for flag in flags)
+    has_instructions = any(getattr(torch.cpu, flag, lambda: False)() for flag in flags)
+    return has_instructions and any(word in allowed for word in ("ALL", "DEFAULT", "BF16", "FP16", "AMX"))

@@ -1,12 +1,8 @@
 """Import torchvision even where its wheel was built for CUDA and torch was not.
 
-torchvision from PyPI is built against a CUDA torch. Beside a CPU-only torch its compiled library does not load, its
-Python part then refers to two operators nobody defined, and `import torchvision` ends with "operator torchvision::nms
-does not exist". Declaring the signatures of those two is enough: models, transforms and datasets work, and calling the
-operators themselves still gives torchvision's own error.
-
-The order matters. A torchvision that works defines the operators itself, and had they been declared before, that second
-definition would abort the process. So the plain import always comes first, and nothing is declared unless it failed.
+Then `import torchvision` ends with "operator torchvision::nms does not exist", and it is enough to declare the two
+operators that its Python part refers to. A torchvision that works would abort the process had they been declared
+before, so the plain import always comes first.
 """
 
 import threading
@@ -14,17 +10,16 @@ from types import ModuleType
 
 import torch
 
+from ._checks import needs
+
 _lock = threading.Lock()  # two threads that fail at once would both declare
 _declared = None  # the operators exist only as long as this library object does
 
 
 def load() -> ModuleType:
-    """Return the torchvision module; RuntimeError or ImportError where it is broken in another way.
-
-    timm imports torchvision too, so call this before importing timm.
-    """
+    """Return the torchvision module; timm imports it too, so call this before importing timm."""
     global _declared
-    with _lock:
+    with _lock, needs("models"):
         try:
             import torchvision
         except RuntimeError as error:

@@ -10,15 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """Inside, some layers compute the same, and their gradients can be differentiated once more, at less cost.
+    """Inside, gradients can be differentiated once more at less cost; of biases and norms, those of `parameters` only.
 
-    - Batch norm with fixed statistics is a factor and a summand per channel; torch uses the formula for batch
-      statistics, which takes a fifth of a Hessian-vector product.
-    - The gradients of a convolution are bilinear, so what they are differentiated to are two convolutions and one
-      ordinary backward pass. Torch takes convolutions with kernels as large as an image, at half the speed.
-    - The gradient of a ReLU does not change with its input; torch makes zeros for that and adds them.
-
-    Of the parameters of batch norm and of biases, only those named here get a gradient.
+    Batch norm with fixed statistics is a factor and a summand per channel; the gradients of a convolution are bilinear,
+    so that their own are convolutions with kernels of the usual size; that of a ReLU does not change with its input.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]):
@@ -28,8 +23,6 @@ class TwiceDifferentiable(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
-
-    # The arguments have torch's names.
 
     def _batch_norm(
         self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5

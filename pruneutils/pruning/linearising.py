@@ -23,12 +23,7 @@ _NO_FLOW = {  # multiples of what enters give the same
 
 
 class Linearised(TorchFunctionMode):
-    """Inside, flow passes through activations that saturate, as through a ReLU.
-
-    The theory asks for f(x) = f'(x) x. ReLU6, hardtanh, tanh, softsign and clamp become the identity. Sigmoids, which
-    mostly gate, keep their values, so that flow is not multiplied with itself, and get the slope f(x) / x. After the
-    block, a warning names the functions through which no flow can pass.
-    """
+    """Inside, f(x) = f'(x) x: activations that saturate become the identity, sigmoids get the slope f(x) / x."""
 
     def __init__(self):
         super().__init__()
@@ -50,8 +45,6 @@ class Linearised(TorchFunctionMode):
     def __exit__(self, *exception):
         super().__exit__(*exception)
         if self._seen and exception[0] is None:
-            warnings.warn(
-                f"synflow: the network calls {', '.join(sorted(self._seen))}, which give the same for any multiple of "
-                "what enters. The flow of ones stops there, so that scores of weights in front of them mean little",
-                stacklevel=callers_level(),
-            )
+            seen = ", ".join(sorted(self._seen))
+            message = f"synflow calls {seen}, which give the same for any multiple; scores before them mean little"
+            warnings.warn(message, stacklevel=callers_level())

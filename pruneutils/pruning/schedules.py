@@ -1,7 +1,4 @@
-"""How the sparsity gets there: a schedule maps progress in [0, 1] to a sparsity between a start and a target.
-
-A schedule is a function `(progress, start, target) -> sparsity`; all four are fractions.
-"""
+"""How the sparsity gets there: a schedule is a function `(progress, start, target) -> sparsity`, all four fractions."""
 
 from collections.abc import Callable
 
@@ -15,8 +12,7 @@ def schedule(function: Schedule) -> Schedule:
     """Register a schedule under the name of its function.
 
     Args:
-        function: `(progress, start, target) -> sparsity`: the sparsity at `progress` in [0, 1], which is `start` at 0
-            and `target` at 1. All are fractions.
+        function: `(progress, start, target) -> sparsity`, which is `start` at progress 0 and `target` at 1.
 
     Returns:
         The same function.
@@ -25,7 +21,7 @@ def schedule(function: Schedule) -> Schedule:
         >>> @pu.schedule
         ... def late(progress, start, target):
         ...     return start + (target - start) * progress**3
-        >>> pu.sparsity_at(0.5, 0.8, schedule="late")
+        >>> pu.pruning.sparsity_at(0.5, 0.8, schedule="late")
         0.1
     """
     SCHEDULES[function.__name__] = function
@@ -57,19 +53,14 @@ def sparsity_at(
 
     Args:
         progress: How much of the way is done, in [0, 1].
-        sparsity: The sparsity at the end, a fraction.
-        start: The sparsity at the beginning, a fraction.
-        schedule: "exponential", "linear", "cubic", another registered name, or a function
-            `(progress, start, target) -> sparsity`.
+        sparsity, start: The sparsities at the end and at the beginning.
+        schedule: "exponential", "linear", "cubic", another registered name, or a function as for `pu.schedule`.
 
     Returns:
         The sparsity, a fraction.
 
-    Raises:
-        ValueError: If no schedule has this name, or a number is outside of [0, 1].
-
     Example:
-        >>> [round(pu.sparsity_at(step / 3, 0.875), 3) for step in (1, 2, 3)]
+        >>> [round(pu.pruning.sparsity_at(step / 3, 0.875), 3) for step in (1, 2, 3)]
         [0.5, 0.75, 0.875]
     """
     rule = choose("schedule", schedule, SCHEDULES)

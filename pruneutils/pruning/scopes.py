@@ -1,18 +1,13 @@
-"""Who competes with whom: a scope divides the weights into competitions, and says how many of each are to be pruned.
-
-A scope is a function `(weights, sparsity) -> [(names, n_pruned)]` of {parameter name: weight} and a fraction.
-"""
+"""Who competes with whom: a scope divides the weights into competitions, and says how many of each are to be pruned."""
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from numbers import Integral
 
 import torch
 
-from .._checks import callers_level, choose, fraction
-from ..model_utils import match_layers
+from .._checks import choose, fraction
+from ..target import match_layers
 
 Weights = Mapping[str, torch.Tensor]
 Competitions = list[tuple[list[str], int]]
@@ -24,22 +19,18 @@ def scope(function: Scope) -> Scope:
     """Register a scope under the name of its function.
 
     Args:
-        function: `(weights, sparsity) -> [(names, n_pruned)]`. `weights` is {parameter name: tensor} and `sparsity` a
-            fraction; each pair of the result names the weights that compete with each other, and how many of their
-            entries are to be pruned.
+        function: `(weights, sparsity) -> [(names, n_pruned)]` of {parameter name: tensor} and a fraction; each pair
+            names weights that compete with each other, and how many of their entries are to be pruned.
 
     Returns:
         The same function.
 
     Example:
         >>> @pu.scope
-        ... def halves(weights, sparsity):
-        ...     names = list(weights)
-        ...     parts = names[: len(names) // 2], names[len(names) // 2 :]
-        ...     return [(part, round(sparsity * sum(weights[n].numel() for n in part))) for part in parts]
-        >>> model = pu.models.create("lenet300")
-        >>> pu.prune(model, sparsity=0.9, scope="halves").sparsity
-        0.9
+        ... def half(weights, sparsity):
+        ...     return [([name], weight.numel() // 2) for name, weight in weights.items()]
+        >>> pu.prune(pu.models.create("lenet300"), sparsity=0.9, scope="half").sparsity
+        0.5
     """
     SCOPES[function.__name__] = function
     return function
@@ -76,8 +67,7 @@ def erk(weights: Weights, sparsity: float) -> Competitions:
 def erk_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
     """Distribute a sparsity over layers by the Erdos-Renyi kernel rule (Evci et al. 2020).
 
-    A layer's density is proportional to sum(shape) / prod(shape). Layers whose density would exceed 1 stay dense, and
-    the others make up for it.
+    A layer's density is proportional to sum(shape) / prod(shape); where it would exceed 1, the layer stays dense.
 
     Args:
         shapes: {layer or parameter name: shape of its weight}.
@@ -86,16 +76,10 @@ def erk_sparsities(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> di
     Returns:
         {name: sparsity of this layer, a fraction}.
 
-    Raises:
-        TypeError: If `shapes` is no mapping.
-        ValueError: If `sparsity` is no fraction.
-
     Example:
-        >>> pu.erk_sparsities({"fc1": (300, 784), "fc2": (10, 300)}, 0.9)["fc2"]
+        >>> pu.pruning.erk_sparsities({"fc1": (300, 784), "fc2": (10, 300)}, 0.9)["fc2"]
         0.0
     """
-    if not isinstance(shapes, Mapping):
-        raise TypeError(f"shapes must be {{layer name: shape of its weight}}, not a {type(shapes).__name__}")
     fraction("sparsity", sparsity)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
@@ -118,38 +102,22 @@ def competitions(weights: Weights, sparsity: float | Mapping[str, float] | None,
         if not sparsity:
             raise ValueError("sparsity is an empty mapping; give {layer name or glob: fraction}")
         for pattern, share in sparsity.items():
-            _share(f"sparsity of {pattern!r}", share, weights)
+            fraction(f"sparsity of {pattern!r}", share)
         found = match_layers(weights, sparsity, "sparsity")
         return [([name], round(sparsity[found[name]] * weights[name].numel())) for name in weights if name in found]
-    if sparsity is None:
-        raise ValueError("sparsity must be a fraction in [0, 1], such as sparsity=0.9, not None")
-    groups = rule(weights, _share("sparsity", sparsity, weights))
+    groups = rule(weights, fraction("sparsity", sparsity))
     _check(groups, weights, scope)
     return groups
 
 
-def _share(argument: str, value: float, weights: Weights) -> float:
-    """Return a fraction; say what whole numbers mean, by which torch.nn.utils.prune counts weights."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1:
-        total = sum(weight.numel() for weight in weights.values())
-        count = f"{value} / {total} prunes {value} of the {total} prunable weights"
-        if value > 1:
-            raise ValueError(f"{argument} must be a fraction in [0, 1], not {value!r}; {count}")
-        warnings.warn(
-            f"{argument} is {value!r}, which prunes all weights, as 1.0 does; {count}", stacklevel=callers_level()
-        )
-    return fraction(argument, value)
-
-
 def _check(groups: Competitions, weights: Weights, scope: str | Scope) -> None:
     """Check what a scope has returned: known names, each at most once, and no more than there is to prune."""
-    told = f"scope {getattr(scope, '__name__', scope)!r}"
-    seen = set()
+    which, seen = f"scope {getattr(scope, '__name__', scope)!r}", set()
     for names, n_pruned in groups:
         for name in names:
             if name not in weights or name in seen:
-                raise ValueError(f"{told} names {name!r}, which is no weight to prune, or names it twice")
+                raise ValueError(f"{which} names {name!r}, which is no weight to prune, or names it twice")
             seen.add(name)
         total = sum(weights[name].numel() for name in names)
         if isinstance(n_pruned, bool) or not isinstance(n_pruned, int) or not 0 <= n_pruned <= total:
-            raise ValueError(f"{told} asks for {n_pruned!r} of the {total} weights of {', '.join(names)}")
+            raise ValueError(f"{which} asks for {n_pruned!r} of the {total} weights of {', '.join(names)}")
