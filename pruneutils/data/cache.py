@@ -1,68 +1,69 @@
-"""What was read from image files is kept as one file of tensors, which later calls map into memory.
+"""What was read from image files is kept as one file of tensors, for as long as those files stay as they were."""
 
-A cache file is used only if its checksum holds and if the files it was read from are as they were: the same paths,
-sizes, times of modification and times of change. The last is set by the file system whenever a file or its times are
-changed, so that a file of the same size whose time of modification was put back is noticed too (on Windows, where no
-such time exists, it is not). The contents of the files are not read again.
-"""
-
+import contextlib
 import hashlib
 import json
 import os
+import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from .. import _safetensors
 from .._checks import callers_level
 
-_FORMAT = "2"  # of the cache files; part of their names, so that two versions do not overwrite each other's
+_FORMAT = "3"  # of the cache files; part of their names, so that two versions do not overwrite each other's
 
 
 def cached(
-    key: str,
-    folder: str | os.PathLike,
-    files: Iterable[str | os.PathLike],
-    read: Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]],
+    name: str,
+    picture: object,
+    folders: Sequence[Path],  # which hold the files that `read` reads
+    read: Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]],  # the facts are JSON values
     build: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any],
 ) -> Any:
-    """Return build(tensors, facts) of the cache file, or of `read()` where that is absent, broken or out of date.
-
-    `files` are those that `read` reads, and the facts are JSON values. What `build` refuses is not kept.
-    """
-    stamp = _stamp(files)
-    place = hashlib.sha256(f"{_FORMAT}\0{folder}".encode(errors="surrogateescape")).hexdigest()[:12]
-    path = cache_folder() / f"{key}-{place}.safetensors"
+    """Return build(tensors, facts) of the cache file, or of `read()` where that is absent, broken or out of date."""
+    stamp = _stamp(folders)
+    place = hashlib.sha256(f"{_FORMAT}\0{picture}\0{list(map(str, folders))}".encode()).hexdigest()[:12]
+    path = cache_folder() / f"{name}-{place}.safetensors"
     try:
-        tensors, texts = _safetensors.read(path)
-        if texts["stamp"] == stamp:
-            return build(tensors, json.loads(texts["facts"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        with safe_open(path, framework="pt") as file:
+            texts = file.metadata()
+            if texts["stamp"] == stamp:
+                return build({name: file.get_tensor(name) for name in file.keys()}, json.loads(texts["facts"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         pass  # no cache is as good as a broken one: read the files
     tensors, facts = read()
     built = build(tensors, facts)
+    part = path.with_suffix(f".{uuid.uuid4().hex}")
     try:
-        _safetensors.write(path, tensors, {"stamp": stamp, "facts": json.dumps(facts)})
-    except OSError as error:
-        message = f"no cache is kept in {path.parent} ({error}); the files of {key} are read each time"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, part, {"stamp": stamp, "facts": json.dumps(facts)})
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        message = f"no cache is kept in {path.parent} ({error}); the files of {name} are read each time"
         warnings.warn(message, stacklevel=callers_level())
+        with contextlib.suppress(OSError):
+            part.unlink()
     return built
 
 
 def cache_folder() -> Path:
-    """Return the user's folder for cache files, $XDG_CACHE_HOME/pruneutils or ~/.cache/pruneutils on Linux."""
-    return platformdirs.user_cache_path("pruneutils", appauthor=False)
+    """Return the user's folder for cache files, $XDG_CACHE_HOME/pruneutils or ~/.cache/pruneutils."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pruneutils")
 
 
-def _stamp(files):
-    """What changes whenever one of the files does."""
-    stamp = hashlib.sha256()
-    for file in files:
-        facts = os.stat(file)
-        changed = facts.st_ctime_ns if os.name == "posix" else 0
-        stamp.update(f"\0{file}\0{facts.st_size}\0{facts.st_mtime_ns}\0{changed}".encode(errors="surrogateescape"))
-    return stamp.hexdigest()
+def _stamp(folders):
+    """What changes with a file's path, size, time of modification, or time of change, which nothing can hide."""
+    found = []
+    for top in folders:
+        for folder, _, names in os.walk(top, followlinks=True):
+            for path in (os.path.join(folder, name) for name in names):
+                facts = os.stat(path)
+                found.append((path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()

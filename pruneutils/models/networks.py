@@ -36,52 +36,33 @@ def _lenet5(num_classes, in_channels=1, image_size=28):
     side = ((image_size - 4) // 2 - 4) // 2
     if side < 1:
         raise ValueError(f"lenet5 needs images of at least 16 pixels a side, got image_size={image_size}")
-    layers = OrderedDict(
-        conv1=nn.Conv2d(in_channels, 20, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
-        conv2=nn.Conv2d(20, 50, 5), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2),
-        flatten=nn.Flatten(),
-        fc1=nn.Linear(50 * side**2, 500), relu3=nn.ReLU(),
-        fc2=nn.Linear(500, num_classes),
-    )  # fmt: skip
-    return nn.Sequential(layers)
+    features = [nn.Conv2d(in_channels, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU()]
+    classifier = [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(50 * side**2, 500), nn.ReLU(), nn.Linear(500, num_classes)]
+    names = "conv1 relu1 pool1 conv2 relu2 pool2 flatten fc1 relu3 fc2".split()
+    return nn.Sequential(OrderedDict(zip(names, features + classifier)))
 
 
 def _classifier(features, width, num_classes):
     """Convolutions, the mean over the image, one linear layer; any image size that survives the poolings."""
-    return nn.Sequential(
-        OrderedDict(
-            features=nn.Sequential(*features),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(width, num_classes),
-        )
-    )
+    pool, flatten, linear = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
+    layers = OrderedDict(features=nn.Sequential(*features), pool=pool, flatten=flatten, linear=linear)
+    return _kaiming(nn.Sequential(layers))
 
 
-def _vgg(convolutions, batch_norm, num_classes, in_channels=3):
-    """VGG for CIFAR: blocks of 3x3 convolutions with bias, max-pool between the blocks, one linear layer."""
+def _vgg(convolutions, order, num_classes, in_channels=3):
+    """VGG for CIFAR: blocks of 3x3 convolutions, max-pool between the blocks, one linear layer.
+
+    "relu bn" is the order of Lubana and Dick 2021, who leave out the biases and pool after the last block too.
+    """
     layers, channels = [], in_channels
     for block, (width, repeats) in enumerate(zip((64, 128, 256, 512, 512), convolutions, strict=True)):
-        if block > 0:
-            layers.append(nn.MaxPool2d(2))
         for _ in range(repeats):
-            layers.append(nn.Conv2d(channels, width, 3, padding=1))
-            if batch_norm:
-                layers.append(nn.BatchNorm2d(width))
-            layers.append(nn.ReLU())
+            layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=order != "relu bn"))
+            layers += [nn.BatchNorm2d(width) if kind == "bn" else nn.ReLU() for kind in order.split()]
             channels = width
-    return _kaiming(_classifier(layers, channels, num_classes))
-
-
-def _vgg13_relu_bn(num_classes, in_channels=3):
-    """VGG-13 as Lubana and Dick 2021 have it: convolution without bias, ReLU, batch norm; each block is pooled."""
-    layers, channels = [], in_channels
-    for width in (64, 128, 256, 512, 512):
-        for _ in range(2):
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(width)]
-            channels = width
-        layers.append(nn.MaxPool2d(2))
-    return _kaiming(_classifier(layers, channels, num_classes))
+        if block < 4 or order == "relu bn":
+            layers.append(nn.MaxPool2d(2))
+    return _classifier(layers, channels, num_classes)
 
 
 def _mobilenet_v1(num_classes, in_channels=3):
@@ -96,7 +77,7 @@ def _mobilenet_v1(num_classes, in_channels=3):
     for width, stride in widths:
         layers += convolution(channels, channels, 3, stride, groups=channels) + convolution(channels, width, 1)
         channels = width
-    return _kaiming(_classifier(layers, channels, num_classes))
+    return _classifier(layers, channels, num_classes)
 
 
 class BasicBlock(nn.Module):
@@ -167,9 +148,9 @@ NETWORKS = {
     "fc": partial(_mlp, (100,) * 5),
     "lenet300": partial(_mlp, (300, 100)),
     "lenet5": _lenet5,
-    **{name: partial(_vgg, plan, False) for name, plan in _VGG.items()},
-    **{f"{name}_bn": partial(_vgg, plan, True) for name, plan in _VGG.items()},
-    "vgg13_relu_bn": _vgg13_relu_bn,
+    **{name: partial(_vgg, plan, "relu") for name, plan in _VGG.items()},
+    **{f"{name}_bn": partial(_vgg, plan, "bn relu") for name, plan in _VGG.items()},
+    "vgg13_relu_bn": partial(_vgg, _VGG["vgg13"], "relu bn"),
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110)},
     **{f"resnet{depth}_b": partial(ResNet, depth, option="B") for depth in (20, 32, 44, 56, 110)},
     **{name: partial(_cifar_stem, name) for name in ("resnet18", "resnet34")},

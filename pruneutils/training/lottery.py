@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .. import _checks
-from ..pruning import Scope, plan, prune, sparsity_at
-from ..pruning.criteria import Scores, bind
-from .loop import check_arguments, fit
+from ..pruning import Scope, sparsity_at
+from ..pruning.criteria import Scores
+from .gradual import RepeatedPruning
+from .loop import OnStep, check_arguments, fit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,73 +28,52 @@ def lottery_ticket(
     scope: str | Scope = "global",
     exclude: str | Iterable[str] = (),
     seed: int = 0,
-    on_step: Callable[[nn.Module, int, int], None] | None = None,
+    on_step: OnStep | None = None,
     **fit_options: object,
 ) -> "pd.DataFrame":
     """Find a lottery ticket: train, prune, rewind what is left to its early values, and train again.
 
-    The dense model is trained first. Each round then prunes the same share of what is left, rewinds the weights and
-    buffers to where they were after `rewind_step` steps of the dense training, and trains from there to the same end,
-    with the same order of samples and the same learning rates. The model ends trained, with the ticket as its masks.
+    After a dense training, each round prunes the same share of what is left, rewinds weights and buffers to where they
+    were after `rewind_step` steps, and trains from there to the same end, with the same samples and learning rates.
 
     Args:
         model: Any classifier, untrained; it is pruned and trained in place.
-        train: As for `fit`.
-        test: As for `fit`.
-        sparsity: The fraction of the weights that are pruned after the last round.
-        rounds: How often to prune, at least 1.
-        epochs: Of each training, counted from step 0.
-        rewind_step: 0 rewinds to initialization (Frankle and Carbin 2019), a small number of steps to a network in
-            early training (Frankle et al. 2020).
-        criterion: As for `prune`; one that needs no data.
-        scope: As for `prune`.
-        exclude: As for `prune`.
-        seed: As for `fit`.
-        on_step: As for `fit`, in each of the trainings.
-        **fit_options: Further options of `fit`, such as `optimizer`, `lr_schedule` and `precision`.
+        train, test, epochs, seed, on_step, fit_options: As for `fit`, for each training.
+        sparsity, rounds: The fraction of the weights that are pruned after the last round, and how many there are.
+        rewind_step: 0: initialization (Frankle and Carbin 2019); a small number: early training (Frankle et al. 2020).
+        criterion, scope, exclude: As for `prune`; a criterion that needs no data.
 
     Returns:
         A row per epoch as from `fit`, with the column `round`; round 0 is dense.
 
-    Raises:
-        ValueError: Before training, for a number out of range, an unknown name, or a `rewind_step` beyond the end.
-
     Example:
         >>> train, test = pu.data.load("digits")
-        >>> model = pu.models.create("lenet300")
-        >>> table = pu.lottery_ticket(
-        ...     model, train.subset(500), test, sparsity=0.75, rounds=2, epochs=1, rewind_step=2, optimizer="adam"
-        ... )
+        >>> options = dict(sparsity=0.75, rounds=2, epochs=1, rewind_step=2, optimizer="adam")
+        >>> table = pu.lottery_ticket(pu.models.create("lenet300"), train.subset(500), test, **options)
         >>> table[["round", "sparsity"]].values.tolist()
         [[0.0, 0.0], [1.0, 0.5], [2.0, 0.75]]
-
-    Frankle and Carbin 2019, "The lottery ticket hypothesis"; Frankle et al. 2020, "Linear mode connectivity and the
-    lottery ticket hypothesis".
     """
+    import pandas as pd
+
     _checks.whole("rounds", rounds)
-    plan(model, sparsity, scope, "weight", exclude)
-    bind(criterion, None, None, seed, {})
+    pruning = RepeatedPruning(criterion, scope, exclude=exclude, seed=seed)
+    pruning.check(model, [sparsity])
     steps = epochs * check_arguments(model, train, epochs=epochs, seed=seed, **fit_options).per_epoch
     if _checks.whole("rewind_step", rewind_step, least=0) > steps:
         raise ValueError(f"rewind_step={rewind_step} is beyond the end of training after {steps} steps")
     snapshot = {}
 
-    def take(model, step, steps):
+    def take_snapshot(model, step, steps):
         if step == rewind_step:
             snapshot.update({name: value.detach().clone() for name, value in model.state_dict().items()})
-        if on_step is not None and step:
+        if on_step is not None and step > 0:
             on_step(model, step, steps)
 
-    take(model, 0, steps)
-    tables = []
-    for turn in range(rounds + 1):
-        if turn:
-            prune(model, criterion, sparsity_at(turn / rounds, sparsity), scope, exclude=exclude, seed=seed)
-            model.load_state_dict(snapshot)  # masks stay on, and hold
-        start = rewind_step if turn else 0
-        hook = on_step if turn else take
-        table = fit(model, train, test, epochs, seed=seed, start_step=start, on_step=hook, **fit_options)
+    take_snapshot(model, 0, steps)
+    tables = [fit(model, train, test, epochs, seed=seed, on_step=take_snapshot, **fit_options).assign(round=0)]
+    for turn in range(1, rounds + 1):
+        pruning(model, sparsity_at(turn / rounds, sparsity))
+        model.load_state_dict(snapshot)  # masks stay on, and hold
+        table = fit(model, train, test, epochs, seed=seed, start_step=rewind_step, on_step=on_step, **fit_options)
         tables.append(table.assign(round=turn))
-    import pandas as pd
-
     return pd.concat(tables, ignore_index=True)

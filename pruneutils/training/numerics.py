@@ -23,32 +23,17 @@ def reproducible(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fastest_layout(model: nn.Module) -> Iterator[None]:
-    """Put the channels of convolutions last, as they run fastest in any precision; afterwards where they were.
-
-    The layout depends on the model alone, since sums round differently in another one.
-    """
-    channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules()) and not _corrupts(model)
-    own = {id(p) for p in model.parameters() if p.ndim == 4 and not p.is_contiguous()}
-    if channels_last:
-        _set_layout(model, lambda p: torch.channels_last)
+    """Put the channels of convolutions last, which is fastest and depends on the model alone; afterwards as before."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    # Strided 1x1 convolutions of few channels could write past the CPU's memory (oneDNN issue 6035).
+    corrupts = any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < 16 for m in layers)
+    # Module.to() refuses the five dimensions of Conv3d
+    weights = [p for p in model.parameters() if p.ndim == 4] if layers and not corrupts else []
+    layouts = [torch.contiguous_format if p.is_contiguous() else torch.channels_last for p in weights]
+    for p in weights:
+        p.data = p.data.contiguous(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        if channels_last:
-            _set_layout(model, lambda p: torch.channels_last if id(p) in own else torch.contiguous_format)
-
-
-def _corrupts(model: nn.Module) -> bool:
-    """Tell whether a CPU could write past its memory with channels last: strided 1x1 convolutions of few channels.
-
-    oneDNN issue 6035: their weight gradient overruns a buffer where the input has fewer channels than a vector holds,
-    8 with AVX2 and 16 with AVX-512. It ends in a crash, a hang, or wrong gradients. We take 16 on every machine.
-    """
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < 16 for m in layers)
-
-
-def _set_layout(model, memory_format_of):
-    for p in model.parameters():
-        if p.ndim == 4:  # Module.to() refuses the five dimensions of Conv3d
-            p.data = p.data.contiguous(memory_format=memory_format_of(p))
+        for p, layout in zip(weights, layouts):
+            p.data = p.data.contiguous(memory_format=layout)
