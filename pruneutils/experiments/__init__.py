@@ -1,7 +1,7 @@
-"""Experiments: a grid times seeds becomes one tidy table, resumable, on one core or a cluster."""
+"""Experiments: a grid times seeds becomes one tidy table, resumable, in one process or in many."""
 
 from . import statistics
+from .running import processes
 from .sweeping import BOOKKEEPING, load, sweep
-from .workers import processes
 
 __all__ = ["BOOKKEEPING", "load", "processes", "statistics", "sweep"]
