@@ -1,41 +1,26 @@
-"""Pictures in one style: for a paper, for a README in light and dark, and fast enough for a slider.
+"""Pictures in one style, drawn by seaborn and matplotlib: for a paper, and for a README in light and dark.
 
-Every function draws one picture and returns its Axes. All of them take
-    ax     the Axes to draw into; without it a pyplot figure is made, which notebooks show and `plt.close()` frees
-    style  "light" or "dark"; without it that of the enclosing `with style(...)`, else "light"
-    save   a path without suffix: writes path.png and path.svg in light and path_dark.png in dark
-Fractions go in, percent is shown. A picture is whole however it is saved: names, notes and legends count for the tight
-bounding box that notebooks use.
+Fractions go in, percent is shown. Legends stand to the right of the Axes: figures made elsewhere need
+`layout="constrained"` to leave room for them. `look.method_styles` gives a method the colour that it has everywhere.
 """
 
-from .comparisons import differences
-from .curves import accuracy_vs_flops, accuracy_vs_sparsity, curves, pareto_front
-from .layers import layer_bars, mask_overlap, sparsity_heatmap
-from .look import Style, method_styles, save, style
-from .scores import score_distribution
-from .stories import pruning_courses, ranked_kernels, stuck_threshold
-from .ticks import percent
-from .weights import LayerHistogram, layer_histograms, weight_histograms
+from . import look
+from .comparisons import differences, dots
+from .curves import accuracy_vs_sparsity, curves
+from .histograms import layer_histograms
+from .layers import layer_bars
+from .look import save, style
+from .weights import weight_histograms
 
 __all__ = [
-    "LayerHistogram",
-    "Style",
-    "accuracy_vs_flops",
     "accuracy_vs_sparsity",
     "curves",
     "differences",
+    "dots",
     "layer_bars",
     "layer_histograms",
-    "mask_overlap",
-    "method_styles",
-    "pareto_front",
-    "percent",
-    "pruning_courses",
-    "ranked_kernels",
+    "look",
     "save",
-    "score_distribution",
-    "sparsity_heatmap",
-    "stuck_threshold",
     "style",
     "weight_histograms",
 ]

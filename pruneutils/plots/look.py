@@ -1,45 +1,42 @@
 """The look of the pictures: colours in light and dark, a colour for each method, and files that are always the same."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .._checks import one_of
 
 WIDTH = 8.4  # inches of a whole picture: at the inline backend's 100 dots an inch the 840 pixels of a README
-_METHOD_SLOTS = {"magnitude": 0, "snip": 1, "grasp": 2, "synflow": 3, "gradient": 4, "ramp": 5, "random": 6}
-_MARKERS = "osD^vP>X"
-_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-", (0, (8, 2)))
 
-P = ParamSpec("P")
-Drawn = TypeVar("Drawn", bound=Axes)
+# The place of each well-known method among a style's colours: it looks the same in every picture.
+METHODS = {"magnitude": 0, "snip": 1, "grasp": 2, "synflow": 3, "gradient": 4, "ramp": 5, "random": 6}
+_MARKERS = "osD^vP>X"
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (9, 1)), (0, (8, 2, 2, 2)))
 
 
 @dataclass(frozen=True)
 class Style:
-    """The colours of a picture, and how its figure is made.
-
-    Texts have a contrast of at least 4.5 to 1 with the canvas, lines and markers of at least 3 to 1.
-    """
+    """The colours of a picture: texts have a contrast of at least 4.5 to 1 with the canvas, lines of 3 to 1."""
 
     name: str
     canvas: str
     text: str
-    muted: str  # what is said beside: notes, ticks
+    muted: str  # notes and ticks
     grid: str
     alarm: str  # what has collapsed
-    tie: str  # scores that tie at the cut
     methods: tuple[str, ...]  # Okabe and Ito's hues, safe for the colour-blind, as light or dark as lines have to be
     layers: tuple[float, float]  # the part of viridis that stands out from the canvas
     pyplot: bool = True
@@ -47,45 +44,60 @@ class Style:
     def axes(self, size: tuple[float, float], projection: str | None = None) -> Axes:
         """Return the one Axes of a new figure of `size` inches."""
         options = {"figsize": size, "layout": None if projection else "constrained"}
-        figure = plt.figure(**options) if self.pyplot else Figure(**options)
-        # A tight bounding box, which the notebooks' backend asks for, then holds the whole figure.
-        figure.patch.set_in_layout(True)
-        if projection:
-            return figure.add_axes((0, 0, 1, 1), projection=projection)
-        return figure.add_subplot()
+        figure = plt.figure(**options) if self.pyplot else FigureCanvasAgg(Figure(**options)).figure
+        figure.patch.set_in_layout(True)  # the tight bounding box of the notebooks' backend then holds all of it
+        return figure.add_axes((0, 0, 1, 1), projection=projection) if projection else figure.add_subplot()
 
     def rc(self) -> dict[str, Any]:
-        """Return the matplotlib settings of this style."""
-        text, muted, grid, canvas = self.text, self.muted, self.grid, self.canvas
-        return {
-            "font.family": ["DejaVu Sans"], "font.size": 9, "text.color": text,
-            "figure.facecolor": canvas, "axes.facecolor": canvas, "axes.edgecolor": muted, "axes.labelcolor": text,
-            "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10,
-            "axes.titlecolor": text, "xtick.color": muted, "ytick.color": muted, "grid.color": grid,
-            "legend.frameon": False, "legend.labelcolor": text, "legend.fontsize": 8.5, "legend.title_fontsize": 8.5,
-            "lines.linewidth": 1.6, "lines.markersize": 5, "hatch.linewidth": 0.6,
-        }  # fmt: skip
+        """Return the matplotlib settings of this style: seaborn's theme in our colours."""
+        inks = {
+            self.text: ("text.color", "axes.labelcolor", "axes.titlecolor", "legend.labelcolor"),
+            self.muted: ("axes.edgecolor", "xtick.color", "ytick.color"),
+            self.canvas: ("figure.facecolor", "axes.facecolor"),
+            self.grid: ("grid.color",),
+        }
+        title = {"axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10}
+        lines = {"lines.linewidth": 1.6, "lines.markersize": 5, "grid.linewidth": 0.6, "hatch.linewidth": 0.6}
+        frame = {"axes.spines.top": False, "axes.spines.right": False, "patch.force_edgecolor": False}
+        letters = {"font.family": ["DejaVu Sans"], "legend.title_fontsize": 8.8, "legend.frameon": False}
+        theme = sns.axes_style("whitegrid") | sns.plotting_context("paper") | title | lines | frame | letters
+        theme["axes.prop_cycle"] = mpl.cycler(color=self.methods)
+        return theme | {key: ink for ink, keys in inks.items() for key in keys}
 
     def ordered(self, n: int) -> np.ndarray:
-        """Return `n` colours in order, (n, 4)."""
+        """Return `n` colours in order, (n, 3)."""
         places = np.linspace(*self.layers, n) if n > 1 else [sum(self.layers) / 2]
-        return np.array([_readable(tuple(color), self.canvas) for color in mpl.colormaps["viridis"](places)])
+        return mpl.colormaps["viridis"](places)[:, :3]
 
 
 _STYLES = {
-    "light": Style("light", "#ffffff", "#1f2328", "#59636e", "#d1d9e0", "#BC4C00", "#A8548A",
-                   ("#005A9C", "#CB8400", "#009E73", "#A83A00", "#CC79A7", "#3A9AD9", "#1f2328", "#6B6100"),
-                   (0.08, 0.80)),
-    "dark": Style("dark", "#0d1117", "#f0f6fc", "#9198a1", "#3d444d", "#FF7B2E", "#E08FC0",
-                  ("#3D9BE0", "#E69F00", "#00B383", "#F0662A", "#D98ABF", "#9AD8F7", "#f0f6fc", "#F0E442"),
-                  (0.28, 0.92)),
-}  # fmt: skip
+    "light": Style(
+        name="light",
+        canvas="#ffffff",
+        text="#1f2328",
+        muted="#59636e",
+        grid="#d1d9e0",
+        alarm="#BC4C00",
+        methods=("#005A9C", "#CB8400", "#009E73", "#A83A00", "#CC79A7", "#3A9AD9", "#1f2328", "#6B6100"),
+        layers=(0.08, 0.6),
+    ),
+    "dark": Style(
+        name="dark",
+        canvas="#0d1117",
+        text="#f0f6fc",
+        muted="#9198a1",
+        grid="#3d444d",
+        alarm="#FF7B2E",
+        methods=("#3D9BE0", "#E69F00", "#00B383", "#F0662A", "#D98ABF", "#9AD8F7", "#f0f6fc", "#F0E442"),
+        layers=(0.34, 0.92),
+    ),
+}
 _NAME: ContextVar[str] = ContextVar("style", default="light")
 
 
 @contextmanager
 def style(name: str) -> Iterator[None]:
-    """Draw the pictures within the block in this style, where their call does not name one.
+    """Draw the pictures within the block in this style, those of `pu.plots` and your own.
 
     Args:
         name: "light" or "dark".
@@ -93,18 +105,15 @@ def style(name: str) -> Iterator[None]:
     Yields:
         Nothing; the style ends with the block.
 
-    Raises:
-        ValueError: If there is no such style.
-
     Example:
         >>> with pu.plots.style("dark"):
         ...     ax = pu.plots.layer_bars(pu.layer_table(torch.nn.Linear(4, 2)))
-        >>> ax.figure.get_facecolor()[:3] == (13 / 255, 17 / 255, 23 / 255)
-        True
     """
-    token = _NAME.set(find_style(name).name)
+    chosen = find_style(name)
+    token = _NAME.set(chosen.name)
     try:
-        yield
+        with mpl.rc_context(chosen.rc()):
+            yield
     finally:
         _NAME.reset(token)
 
@@ -116,131 +125,111 @@ def find_style(style: str | Style | None) -> Style:
     return _STYLES[one_of("style", _NAME.get() if style is None else style, _STYLES)]
 
 
-def contrast(a, b) -> float:
-    """Return the contrast of two colours by the Web Content Accessibility Guidelines, from 1 to 21."""
-    bright = []
-    for color in (a, b):
-        channels = np.array(to_rgb(color))
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        bright.append(float(linear @ (0.2126, 0.7152, 0.0722)) + 0.05)
-    return max(bright) / min(bright)
-
-
-@functools.cache
-def _readable(color, canvas, least=3.05):
-    """Mix black into a colour, or white on a dark canvas, until it stands out."""
-    color, ink = np.array(to_rgba(color)), np.array(to_rgba("black" if canvas == "#ffffff" else "white"))
-    return next(
-        tuple(mixed)
-        for mixed in (color + share * (ink - color) for share in np.linspace(0, 1, 51))
-        if contrast(mixed, canvas) >= least
-    )
-
-
 def method_styles(names: Iterable, style: str | Style | None = None) -> dict:
-    """Give each method the colour, marker and line that it has in every picture.
+    """Give each method the colour, marker and line (keywords of `ax.plot`) that it has in every picture.
 
-    The criteria that many pictures share have looks of their own. Other names fill the free ones in sorted order;
-    numbers are ordered, and so are their colours.
-
-    Args:
-        names: The methods, in any order.
-        style: "light" or "dark"; by default that of the enclosing `with pu.plots.style(...)`, else "light".
-
-    Returns:
-        {name: {"color", "marker", "linestyle"}}, keywords for `ax.plot`.
-
-    Raises:
-        ValueError: If there is no such style.
-
-    Example:
-        >>> pu.plots.method_styles(["snip", "magnitude"])["snip"]
-        {'color': '#CB8400', 'marker': 's', 'linestyle': '--'}
+    Names that are not in METHODS fill the free ones in sorted order; numbers are ordered, and so are their colours.
     """
-    look = find_style(style)
-    names = list(dict.fromkeys(names))
+    look, names = find_style(style), list(dict.fromkeys(names))
     if all(isinstance(name, (int, float, np.number)) for name in names):
         names = sorted(names)
-        colors = [tuple(c) for c in look.ordered(len(names))]
+        colors = [tuple(color) for color in look.ordered(len(names))]
         slots = dict(zip(names, range(len(names))))
     else:
-        slots = {name: _METHOD_SLOTS[name] for name in names if name in _METHOD_SLOTS}
-        free = [slot for slot in range(len(look.methods) + len(names)) if slot not in slots.values()]
-        slots |= dict(zip(sorted((n for n in names if n not in slots), key=str), free))
         colors = look.methods
-    # Past the last colour the markers shift by one, so that no two methods look the same.
-    return {
-        name: {
+        slots = {name: METHODS[name] for name in names if name in METHODS}
+        free = [slot for slot in range(len(colors) + len(names)) if slot not in slots.values()]
+        slots |= dict(zip(sorted((name for name in names if name not in slots), key=str), free))
+    looks = {}
+    for name in names:
+        shifted = slots[name] + slots[name] // len(colors)  # past the last colour, so that no two methods look the same
+        looks[name] = {
             "color": colors[slots[name] % len(colors)],
-            "marker": _MARKERS[(slots[name] + slots[name] // len(colors)) % len(_MARKERS)],
-            "linestyle": _LINES[slots[name] % len(_LINES)],
+            "marker": _MARKERS[shifted % len(_MARKERS)],
+            "linestyle": _LINES[shifted % len(_LINES)],
         }
-        for name in names
-    }
+    return looks
 
 
-def picture(draw: Callable[P, Drawn]) -> Callable[P, Drawn]:
-    """Give a function what every picture has: it finds the `style`, draws in it, and writes the files of `save`."""
+_SHARED = {"title": str | None, "ax": Axes | None, "style": str | Style | None, "save": str | Path | None}
+_DOCUMENTED = """
+        title, ax: The headline, and the Axes to draw into; without it a new figure is made.
+        style: "light" or "dark"; by default that of the enclosing `with pu.plots.style(...)`.
+        save: A path without suffix: writes path.png in light and path_dark.png in dark.
+
+    Returns:
+        The Axes. Raises ValueError if a column is missing, an option is unknown, or values lie where they cannot.
+
+    Example:"""
+
+
+def picture(draw: Callable[..., Axes]) -> Callable[..., Axes]:
+    """Give a drawing function the keywords of every picture: title, ax, style and save, and what its docstring says."""
 
     @functools.wraps(draw)
-    def call(*args, **options):
-        look, path, ax = find_style(options.pop("style", None)), options.pop("save", None), options.get("ax")
-        with mpl.rc_context(look.rc()):
-            drawn = draw(*args, style=look, **options)
-        if path is not None and ax is not None:
-            save(drawn, path)
-        elif path is not None:
-            stem = str(path).removesuffix(".png").removesuffix(".svg")
-            for variant in _STYLES.values():
-                twin = drawn
-                if variant != look:
-                    with mpl.rc_context(variant.rc()):
-                        twin = draw(*args, style=replace(variant, pyplot=False), **options)
-                save(twin, path if variant.name == "light" else f"{stem}_dark.png")
+    def call(*args, title=None, ax=None, style=None, save=None, **options):
+        look = find_style(style)
+
+        def drawn_in(look, ax):
+            with mpl.rc_context(look.rc()):
+                return draw(*args, title=title, ax=ax, style=look, **options)
+
+        drawn = drawn_in(look, ax)
+        if save is not None and ax is not None:
+            write(drawn, save)
+        elif save is not None:
+            for name, path in (("light", save), ("dark", f"{str(save).removesuffix('.png')}_dark.png")):
+                write(drawn if name == look.name else drawn_in(replace(_STYLES[name], pyplot=False), None), path)
         return drawn
 
+    signature = inspect.signature(draw)
+    own = [parameter for name, parameter in signature.parameters.items() if name not in _SHARED]
+    keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
+    shared = [keyword(name, annotation=annotation) for name, annotation in _SHARED.items()]
+    call.__signature__ = signature.replace(parameters=own + shared)
+    call.__doc__ = draw.__doc__.replace("\n\n    Example:", _DOCUMENTED, 1)
     return call
 
 
-def save(figure: Figure | Axes, path: str | Path, dpi: int = 200) -> list[Path]:
-    """Write a figure so that the same figure gives the same bytes each time: no dates, no versions, fixed ids.
+def save(figure: Figure | Axes, path: str | Path, dpi: int = 200) -> Path:
+    """Write a figure so that the same figure gives the same bytes each time.
 
     Args:
-        figure: A Figure, or an Axes of it.
-        path: path.png and path.svg are written, or `path` alone if it ends in .png or .svg.
-        dpi: Dots an inch of the PNG.
+        figure, dpi: A Figure, or an Axes of it; and its dots an inch.
+        path: Where to; .png is added unless the path has it.
 
     Returns:
-        The paths that were written.
+        The path that was written.
 
     Example:
         >>> import tempfile
         >>> ax = pu.plots.layer_bars(pu.layer_table(torch.nn.Linear(4, 2)))
-        >>> [path.name for path in pu.plots.save(ax, tempfile.mkdtemp() + "/bars")]
-        ['bars.png', 'bars.svg']
+        >>> pu.plots.save(ax, tempfile.mkdtemp() + "/bars").name
+        'bars.png'
     """
     figure, path = getattr(figure, "figure", None) or figure, Path(path)
+    if path.suffix != ".png":  # a name such as "at_0.9" has a suffix that belongs to the name
+        path = path.with_name(path.name + ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name such as "at_0.9" has a suffix that is none of a picture's: it is part of the name.
-    paths = [path] if path.suffix in (".png", ".svg") else [path.with_name(path.name + s) for s in (".png", ".svg")]
-    with mpl.rc_context({"svg.hashsalt": "pruneutils", "svg.fonttype": "path"}):
-        for target in paths:
-            metadata = {"Software": None} if target.suffix == ".png" else {"Date": None, "Creator": None}
-            figure.savefig(target, dpi=dpi, metadata=metadata, facecolor=figure.get_facecolor())
-    return paths
+    figure.savefig(path, dpi=dpi, metadata={"Software": None}, facecolor=figure.get_facecolor())
+    return path
+
+
+write = save  # `picture` has a keyword of this name
 
 
 def dress(ax: Axes, style: Style, title: str | None = None, grid: str | None = None) -> None:
     """Do what settings cannot do: for an Axes made elsewhere, and for ticks that are made when the figure is drawn."""
     ax.figure.set_facecolor(style.canvas)
     ax.set_facecolor(style.canvas)
-    ax.tick_params(colors=style.muted, labelsize=8.5, labelfontfamily="DejaVu Sans")
+    ax.tick_params(colors=style.muted, length=0, labelsize=8.8, labelfontfamily="DejaVu Sans")
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(style.muted)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.label.set(color=style.text, fontsize=9, fontfamily="DejaVu Sans")
+        axis.label.set(color=style.text, fontsize=9.6, fontfamily="DejaVu Sans")
+    ax.grid(False)
     if grid:
         ax.grid(axis=grid, color=style.grid, linewidth=0.6)
         ax.set_axisbelow(True)
     if title:
-        ax.set_title(title, y=1, wrap=True)  # matplotlib would look for its height among the labels of all ticks
+        ax.set_title(title, color=style.text, wrap=True)
