@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 # what would cover the notebook, and what keeps cells out of sight out of the page
@@ -41,11 +43,7 @@ _RUN_ALL = """async () => {
 def lab(notebook: Path, folder: Path, style: str = "light") -> Iterator[str]:
     """Start JupyterLab on loopback with a copy of a notebook in `folder`; yields its address."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy = json.loads(notebook.read_text())
-    for cell in copy["cells"]:
-        if style == "dark":
-            cell["source"] = "".join(cell["source"]).replace("sparsity=sparsity)", 'sparsity=sparsity, style="dark")')
-    (folder / notebook.name).write_text(json.dumps(copy))
+    (folder / notebook.name).write_bytes(notebook.read_bytes())
     for name, values in (_SETTINGS | (_DARK if style == "dark" else {})).items():
         path = folder / "settings" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,13 +112,19 @@ def panel(page: Any) -> Any:
     return page.locator(".jp-OutputArea-output .jupyter-widgets.widget-vbox").first
 
 
-def show_three_curves(page: Any) -> None:
-    """Let the explorer measure the curves of three criteria, and go back to the first."""
-    criterion = panel(page).locator("select").first
-    for name in ("synflow", "snip", "magnitude"):
-        criterion.select_option(label=name)
-        panel(page).get_by_text("on all 1,000 images").first.wait_for()
-        page.wait_for_timeout(12_000)
+def explorer_notebook(folder: Path, style: str = "light") -> Path:
+    """Write a notebook with an explorer of LeNet-300-100 on the embedded digits."""
+    cells = [
+        "import pruneutils as pu\ntrain, test = pu.data.load('digits')\nmodel = pu.models.create('lenet300')",
+        "pu.fit(model, train, None, 6, 'adam');",
+        f"panel = pu.widgets.sparsity_explorer(model, test, train.batch(256), sparsity=0.9, style={style!r})\npanel",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"explorer_{style}.ipynb"
+    nbformat.write(notebook, path)
+    return path
 
 
 _FAINT = """() => {

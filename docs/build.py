@@ -15,14 +15,14 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
-import recordings
 
 import pruneutils as pu
+import results
 
 ROOT = Path(__file__).resolve().parent.parent
 CRITERIA = ("magnitude", "snip", "synflow")
 _SHOWN = 60  # runs of a study
-ROOMS = ("data", "models", "plots", "widgets", "experiments", "statistics", "notebook")
+ROOMS = sorted({*(name for name in pu.__all__ if inspect.ismodule(getattr(pu, name))), "notebook"})
 
 
 def main() -> None:
@@ -188,7 +188,7 @@ def names_of(module) -> list[str]:
 def results_page() -> str:
     """Return a page with what is recorded in results/: the studies, and the runs of each."""
     parts = []
-    for folder in recordings.folders():
+    for folder in results.folders():
         frame = pu.experiments.load(folder)
         runs = frame[frame.status == "done"].drop_duplicates("run_time", keep="last")
         own = [c for c in runs.columns if not c.startswith("run_") and runs[c].map(pd.api.types.is_scalar).all()]
@@ -198,11 +198,11 @@ def results_page() -> str:
         parts.append(
             f"\n## {folder.name} {{ #{folder.name} }}\n\n{count}. Of a run with several rows, this is the last "
         )
-        parts.append(f"row.\n\n{recordings.table(shown)}\n")
-    studies = recordings.studies()
+        parts.append(f"row.\n\n{results.table(shown)}\n")
+    studies = results.studies()
     studies["study"] = [f"[{name}](#{name})" for name in studies.study]
     head = "# Results\n\nWhat is recorded in `results/`, written only by the experiment runner; the notebooks draw "
-    return head + "their pictures from these rows.\n\n" + recordings.table(studies) + "\n" + "".join(parts)
+    return head + "their pictures from these rows.\n\n" + results.table(studies) + "\n" + "".join(parts)
 
 
 # --- The explorer ----------------------------------------------------------------------------------------------------
@@ -210,25 +210,24 @@ def results_page() -> str:
 
 def explorer_page(folder: Path, n: int) -> str:
     """Record the panel for three criteria at `n` sparsities, and return a page whose slider shows these frames."""
-    from record import trained_panel
+    from record import frame, lines_of, trained_panels
 
-    places = [round(i / (n - 1) * 0.99, 3) for i in range(n)]
-    panel, said, seen = trained_panel(), {}, {}
-    for criterion in CRITERIA:
-        panel.criterion.value = criterion
-        panel.curve()
-    for criterion in CRITERIA:
-        panel.criterion.value = criterion
-        for i, place in enumerate(places):
-            panel.slider.value = place
-            for style in ("light", "dark"):
-                image = panel.frame(style, slider=False)
+    places = [round(1 - 10 ** (-2 * i / (n - 1)), 4) for i in range(n)]  # 90 to 99 % get as many as 0 to 90 %
+    said, seen = {}, {}
+    for style, panel in trained_panels().items():
+        (folder / style).mkdir(parents=True)
+        for criterion in CRITERIA:
+            panel.criterion.value = criterion
+            panel.curve()
+        for criterion in CRITERIA:
+            panel.criterion.value = criterion
+            for i, place in enumerate(places):
+                panel.slider.value = place
+                image = frame(panel, style, slider=False)
                 image = image.resize((1080, round(image.height * 1080 / image.width)))
-                (folder / style).mkdir(parents=True, exist_ok=True)
                 image.save(folder / style / f"{criterion}_{i}.webp", quality=70, method=2)
-            lines = re.sub(r"<[^>]+>", " ", panel.text.value.replace("<br>", "; "))
-            said[f"{criterion}_{i}"] = re.sub(r"\s+", " ", lines).replace(" ;", ";").replace(" :", ":").strip()
-            seen[f"{criterion}_{i}"] = described_frame(criterion, place, panel)
+                said[f"{criterion}_{i}"] = "; ".join(lines_of(panel))
+                seen[f"{criterion}_{i}"] = described_frame(criterion, place, panel)
     radios = "".join(
         f'<label><input type="radio" name="criterion" value="{name}"{" checked" if name == CRITERIA[0] else ""}> {name}'
         "</label>"
@@ -265,13 +264,13 @@ embedded digits: three criteria at {n} sparsities. In a notebook the same panel 
   const load = source => kept[source] ??= Object.assign(new Image(), {{ src: source }});
   const show = () => {{
     const key = document.querySelector("input[name=criterion]:checked").value + "_" + slider.value;
-    const told = (100 * places[slider.value]).toFixed(1) + "%";
+    const now = (100 * places[slider.value]).toFixed(1) + "%";
     dark.srcset = address("dark", key);
     image.src = address("light", key);
     image.alt = seen[key];
-    document.getElementById("said").textContent = told;
+    document.getElementById("said").textContent = now;
     document.getElementById("numbers").textContent = said[key];
-    slider.setAttribute("aria-valuetext", told);
+    slider.setAttribute("aria-valuetext", now);
     const style = matchMedia(dark.media).matches ? "dark" : "light";
     for (const near of [-1, 1, 2]) {{
       const next = Math.min(Math.max(+slider.value + near, 0), places.length - 1);
@@ -288,11 +287,11 @@ embedded digits: three criteria at {n} sparsities. In a notebook the same panel 
 
 def described_frame(criterion: str, place: float, panel) -> str:
     """Return what is seen on a frame beside the numbers: the place on the curve, and the share of each layer."""
-    table = panel._trial.table(panel.masks)
-    shares = ", ".join(f"{row.layer} {pu.plots.percent(row.kept / row.total)}" for row in table.itertuples())
+    shares = {name.removesuffix(".weight"): mask.double().mean().item() for name, mask in panel.masks.items()}
+    layers = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     return (
         f"Above, the curve of accuracy over sparsity for {criterion} with a dot at {place:.1%}. Below, the weights "
-        f"that are left in each layer as histograms, and as bars the share that each layer keeps: {shares}"
+        f"that are left in each layer as histograms, and as bars the share that each layer keeps: {layers}"
     )
 
 

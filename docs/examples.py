@@ -1,4 +1,4 @@
-"""For mkdocstrings: the docstrings' `Example:` is the section that it knows as `Examples:`."""
+"""For mkdocstrings: docstrings in the form that it knows, with `Examples:` and one argument an entry."""
 
 import re
 
@@ -6,9 +6,15 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Renames the section, so that doctests are shown as code and not read as markdown."""
+    """Renames the section `Example:`, so that doctests are code, and parts arguments that share a description."""
 
     def on_object(self, *, obj: griffe.Object, **_) -> None:
-        """Rename the section of one docstring."""
+        """Rewrite one docstring."""
         if obj.docstring:
-            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.M)
+            text = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.M)
+            obj.docstring.value = re.sub(r"^( +)(\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*)$", _parted, text, flags=re.M)
+
+
+def _parted(found: re.Match) -> str:
+    indent, names, text = found.groups()
+    return "\n".join(f"{indent}{name}: {text}" for name in names.split(", "))

@@ -8,13 +8,20 @@ import pruneutils as pu
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "results" / "README.md"
-# Studies whose sweep stands in a notebook of another name.
-NOTEBOOKS = {
-    "adapted": "filter_pruning",
-    "grasp_agreement": "grasp_threshold_debug",
-    "grasp_normaliser": "grasp_threshold_debug",
-    "grasp_thresholds": "grasp_threshold_debug",
-    "prune_adapted": "gradual_pruning",
+# The notebook whose sweep records each study, and how many runs its grid has.
+STUDIES = {
+    "adapted_full": ("filter_pruning", 1),
+    "adapted_medium": ("filter_pruning", 1),
+    "evaluation_mode_medium": ("evaluation_mode", 133),
+    "filter_pruning_medium": ("filter_pruning", 260),
+    "grasp_agreement_medium": ("grasp_threshold_debug", 5),
+    "grasp_normaliser_medium": ("grasp_threshold_debug", 20),
+    "grasp_thresholds_medium": ("grasp_threshold_debug", 5),
+    "one_shot_imagenet_medium": ("one_shot_imagenet", 110),
+    "prune_adapted_full": ("gradual_pruning", 135),
+    "pruning_at_initialization_full": ("pruning_at_initialization", 235),
+    "pruning_at_initialization_medium": ("pruning_at_initialization", 775),
+    "vgg16_at_initialization_medium": ("vgg16_at_initialization", 36),
 }
 
 HEAD = """# The recorded studies
@@ -29,7 +36,7 @@ runs. Several of them shared the machine, so an idle one needs less. `make findi
 """
 FOOT = """
 `networks/` holds the networks that *adapted* has trained: the public ResNet-20 and ResNet-56, fitted to CIFAR-10 as
-JPEG images. The studies of gradual pruning and of filters start from them.
+JPEG images. The studies of gradual pruning and of filters start from the ResNet-20.
 """
 
 
@@ -38,36 +45,26 @@ def folders() -> list[Path]:
     return [path for path in sorted((ROOT / "results").iterdir()) if any(path.glob("*.json"))]
 
 
-def command(folder: Path) -> str:
-    """Return the command that records a study, or goes on with it."""
-    name, size = folder.name.rsplit("_", 1)
-    return f"make study NAME={NOTEBOOKS.get(name, name)} SIZE={size}"
-
-
 def studies() -> pd.DataFrame:
-    """Return a row per study: what it is recorded by, how much there is, and what it ran on."""
+    """Return a row per study: what it is recorded by, how much of it there is, and what it ran on."""
     rows = []
     for folder in folders():
+        notebook, planned = STUDIES[folder.name]
         frame = pu.experiments.load(folder)
         done = frame[frame.status == "done"]
         runs = done.drop_duplicates("run_time", keep="last")
-        in_rows = "precision" in done and done.run_precision.isna().all()  # an early study tells it of each epoch
-        precision = done.precision.mask(done.precision == "auto") if in_rows else done.run_precision
-        rows.append({
-            "study": folder.name,
-            "command": f"`{command(folder)}`",
-            "runs": len(runs),
-            "seeds": done.seed.nunique() if "seed" in done else "-",
-            "data": told(done.get("data")),
-            "device": told(done.run_device),
-            "precision": told(precision),
-            "hours": f"{runs.run_seconds.sum() / 3600:.2g}",
-            "commit": told(done.run_commit),
-        })  # fmt: skip
+        by_epoch = "precision" in done and done.run_precision.isna().all()  # early studies recorded it of each epoch
+        precision = done.precision.mask(done.precision == "auto") if by_epoch else done.run_precision
+        row = {"study": folder.name, "command": f"`make study NAME={notebook} SIZE={folder.name.rsplit('_', 1)[1]}`"}
+        row |= {"runs planned": planned, "runs done": len(runs)}
+        row |= {"seeds": done.seed.nunique() if "seed" in done else "-", "data": _distinct(done.get("data"))}
+        row |= {"device": _distinct(done.run_device), "precision": _distinct(precision)}
+        row |= {"hours": f"{runs.run_seconds.sum() / 3600:.2g}", "commit": _distinct(done.run_commit)}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def told(column: pd.Series | None) -> str:
+def _distinct(column: pd.Series | None) -> str:
     """Return the different values of a column; a dash if the records hold none."""
     return ", ".join(map(str, [] if column is None else column.dropna().unique()[:4])) or "-"
 
@@ -82,3 +79,7 @@ def table(frame: pd.DataFrame) -> str:
 def page() -> str:
     """Return the text of results/README.md."""
     return HEAD + table(studies()) + FOOT
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
