@@ -11,17 +11,19 @@ from benchmarks.harness import Row, at_least, at_most, on_top, within
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only moves when told to."""
+    """A clock that moves by the work of arms only."""
     now = [0.0]
     monkeypatch.setattr(harness.time, "process_time", lambda: now[0])
     return now
 
 
-def lasting(clock, seconds, preparing=100.0):
+def lasting(clock, seconds, name="", order=None):
     """An arm whose work takes so long, after a preparation that does not count."""
 
     def prepare():
-        clock[0] += preparing
+        clock[0] += 100.0
+        if order is not None:
+            order.append(name)
 
         def run():
             clock[0] += seconds
@@ -33,21 +35,15 @@ def lasting(clock, seconds, preparing=100.0):
 
 def test_only_the_work_is_timed_and_arms_take_turns(clock):
     order = []
-
-    def arm(name, seconds):
-        prepare = lasting(clock, seconds)
-        return lambda: order.append(name) or prepare()
-
-    row = Row("key", "work", (), lambda: {"a": arm("a", 2.0), "b": arm("b", 3.0)}, rounds=3, calls=4)
-    found = harness.measure(row)
+    arms = {"a": lasting(clock, 2.0, "a", order), "b": lasting(clock, 3.0, "b", order)}
+    found = harness.measure(Row("key", "work", (), lambda: arms, rounds=3, calls=4))
     assert found["times"] == {"a": [2.0] * 3, "b": [3.0] * 3}
     assert order == ["a", "b", *"abbaab"]  # both warm up, then neither is always the first
 
 
 def test_a_peer_that_is_not_installed_is_left_out(clock, monkeypatch):
     arms = {"ours": lasting(clock, 1.0), "theirs": lasting(clock, 4.0), "absent": None, "check": lambda: "all equal"}
-    lines = at_least(3, "ours", "theirs"), at_least(3, "ours", "absent")
-    row = Row("key", "work", lines, lambda: dict(arms))
+    row = Row("key", "work", (at_least(3, "ours", "theirs"), at_least(3, "ours", "absent")), lambda: dict(arms))
     monkeypatch.setattr(harness, "_in_process", lambda row, arguments, limit: harness.measure(row))
     faster, absent = harness.run_row(row)
     assert (faster["ratio"], faster["met"], faster["check"]) == (4.0, True, "all equal")
@@ -71,38 +67,17 @@ def test_ratios_are_taken_round_by_round(line, ours, peer, ratio, met):
     assert found["quartiles"][0] <= found["ratio"] <= found["quartiles"][1]
 
 
-def test_each_row_compares_arms_by_names_of_its_own():
-    assert len(harness.ROWS) > 20
-    for key, row in harness.ROWS.items():
-        assert row.key == key and row.lines, key
-        assert all(line.sense == "seconds" or line.peer for line in row.lines), key
-
-
 def test_a_row_runs_in_a_process_of_its_own_and_is_written(tmp_path):
     row = dataclasses.replace(harness.ROWS["digits_again"], fresh=1, memory=500)
     (line,) = harness.run_row(row)
     assert line["seconds"]["ours"] > 0 and 0 <= line["memory"]["pu.data.load"] < 500
     table.write([line], {"cores": 2}, tmp_path)
     assert json.loads((tmp_path / "table.json").read_text())["lines"][0]["key"] == "digits_again"
-    text = (tmp_path / "table.md").read_text()
-    assert "pu.data.load" in text and text.count("\n| ") == 3
-    assert len({each.count(" | ") for each in text.splitlines() if each.startswith("| ")}) == 1
+    assert "pu.data.load" in (tmp_path / "table.md").read_text()
 
 
-def test_what_fails_is_told_and_ends_nothing():
-    row = Row("no_such_row", "work", (at_least(1, "a", "b"),), dict)
-    (line,) = harness.run_row(row)
+def test_an_error_ends_nothing_and_is_not_hidden_by_a_warning_after_it():
+    (line,) = harness.run_row(Row("no_such_row", "work", (at_least(1, "a", "b"),), dict))
     assert "no_such_row" in line["error"]
-
-
-def test_an_error_is_not_hidden_by_a_warning_after_it():
-    stderr = """a.py:1: UserWarning: first
-Traceback (most recent call last):
-  File "a.py", line 2, in <module>
-RuntimeError: CUDA error
-more about it
-/lib/b.py:3: UserWarning: second
-  warnings.warn(
-"""
-    assert harness._reason(stderr) == "RuntimeError: CUDA error"
-    assert harness._reason("one\nKilled\n") == "Killed" and harness._reason("") is None
+    stderr = "Traceback (most recent call last):\n  File\nRuntimeError: CUDA error\nmore\n/b.py:3: UserWarning: x\n"
+    assert harness._reason(stderr) == "RuntimeError: CUDA error" and harness._reason("") is None

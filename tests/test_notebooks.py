@@ -7,8 +7,7 @@ import pytest
 
 from pruneutils.notebook import code_hash, source_of
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -24,24 +23,13 @@ def tags(cell):
     return cell["metadata"].get("tags", [])
 
 
-def test_there_are_notebooks():
-    assert NOTEBOOKS
-
-
 def test_outputs_belong_to_the_code(notebook):
     stored = notebook["metadata"]["pruneutils"]
     assert stored["code"] == code_hash(notebook), "run `make notebooks`: the code is newer than the outputs"
     assert stored["size"] == "quick"
-
-
-def test_every_cell_was_executed_without_an_error(notebook):
     for cell in code(notebook):
         assert cell["execution_count"], source_of(cell)
         assert not any(output["output_type"] == "error" for output in cell["outputs"])
-
-
-def test_has_one_parameters_cell(notebook):
-    assert sum("parameters" in tags(cell) for cell in code(notebook)) == 1
 
 
 def test_something_is_compared(notebook):
@@ -51,18 +39,12 @@ def test_something_is_compared(notebook):
     assert any(has_text(cell) and "nbval-ignore-output" not in tags(cell) for cell in code(notebook))
 
 
-def test_logic_lives_in_the_package(notebook):
+def test_can_be_read(notebook):
+    assert sum("parameters" in tags(cell) for cell in code(notebook)) == 1
     for cell in code(notebook):
         if "parameters" not in tags(cell):  # one a line, whatever the number of sizes
             assert len(source_of(cell).splitlines()) <= 25, source_of(cell)
-
-
-def test_is_small_enough_to_be_read_online(notebook):
-    assert len(json.dumps(notebook)) < 1_000_000
-
-
-def test_opens_with_a_question_and_closes_with_what_was_seen(notebook):
     first, last = notebook["cells"][0], notebook["cells"][-1]
     assert first["cell_type"] == last["cell_type"] == "markdown"
-    assert source_of(first).startswith("# ") and "?" in source_of(first)
-    assert "References" in source_of(last)
+    assert source_of(first).startswith("# ") and "?" in source_of(first) and "References" in source_of(last)
+    assert len(json.dumps(notebook)) < 1_000_000, "small enough to be read online"

@@ -1,6 +1,5 @@
 """Small made-up files in the layouts of the real datasets."""
 
-import gzip
 import pickle
 import struct
 
@@ -8,26 +7,22 @@ import numpy as np
 from PIL import Image
 
 TEN = [f"class {number}" for number in range(10)]
-MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
 def pixels(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def write_idx(path, values, compress=False):
+def write_idx(path, values):
     content = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if compress:
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
-    else:
-        path.write_bytes(content)
+    path.write_bytes(content)
 
 
-def write_mnist(root, compress=False):
+def write_mnist(root):
     for part, n in (("train", 20), ("t10k", 10)):
-        write_idx(root / f"MNIST/raw/{part}-images-idx3-ubyte", pixels(n, 28, 28, seed=n), compress)
-        write_idx(root / f"MNIST/raw/{part}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10, compress)
+        write_idx(root / f"MNIST/raw/{part}-images-idx3-ubyte", pixels(n, 28, 28, seed=n))
+        write_idx(root / f"MNIST/raw/{part}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10)
     return root
 
 
@@ -44,6 +39,14 @@ def write_cifar10(root):
     return root
 
 
+def write_cifar100(root):
+    for part, n in (("train", 200), ("test", 100)):
+        labels = {"fine_labels": [i % 100 for i in range(n)], "coarse_labels": [0] * n}
+        write_pickle(root / "cifar-100-python" / part, {"data": pixels(n, 3072), **labels})
+    write_pickle(root / "cifar-100-python/meta", {"fine_label_names": [f"class {i}" for i in range(100)]})
+    return root
+
+
 def write_images(root, classes=("cat", "dog"), train=3, test=2, size=(32, 32)):
     for part, n in (("train", train), ("test", test)):
         for index, name in enumerate(classes):
@@ -52,7 +55,3 @@ def write_images(root, classes=("cat", "dog"), train=3, test=2, size=(32, 32)):
                 image = pixels(*size, 3, seed=1000 * index + 10 * number + (part == "test"))
                 Image.fromarray(image).save(root / part / name / f"{number}.png")
     return root
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-5])

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,13 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pruneutils.experiments.statistics import bootstrap_images, by_image, compare, mcnemar, summary
+from pruneutils.experiments.statistics import bootstrap_images, compare, dunnett, summary, t_interval
 
 
 def runs(**arms):
     """A frame with a row a seed of every arm."""
     rows = [(arm, seed, value) for arm, values in arms.items() for seed, value in enumerate(values)]
     return pd.DataFrame(rows, columns=["method", "seed", "accuracy"])
+
+
+NOISE = np.array([0, 1, -1, 2, -2, 0.5])
 
 
 def test_t_interval_by_hand():
@@ -28,64 +29,58 @@ def test_t_interval_by_hand():
 def test_intervals_against_scipy():
     sample = np.random.default_rng(1).normal(0.9, 0.01, 12)
     t = summary(runs(a=sample), by="method", level=0.9).iloc[0]
-    assert (t["low"], t["high"]) == pytest.approx(
-        tuple(stats.ttest_1samp(sample, 0).confidence_interval(0.9)), rel=1e-12
-    )
-    boot = summary(runs(a=sample), by="method", interval="bootstrap").iloc[0]
-    means = np.random.default_rng(5).choice(sample, (20_000, 12)).mean(axis=1)
-    assert (boot["low"], boot["high"]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=3e-4)
-    pd.testing.assert_series_equal(boot, summary(runs(a=sample), by="method", interval="bootstrap").iloc[0])
+    expected = tuple(stats.ttest_1samp(sample, 0).confidence_interval(0.9))
+    assert (t["low"], t["high"]) == pytest.approx(expected, rel=1e-12) == t_interval(sample, 0.9)
 
 
-@pytest.mark.parametrize("interval", ["t", "bootstrap"])
-def test_one_run_has_no_interval_and_equal_runs_have_width_zero(interval):
-    table = summary(runs(one=[0.5], same=[0.1, 0.1, 0.1]), by="method", interval=interval).set_index("method")
+def test_t_interval_is_an_errorbar_of_seaborn():
+    import seaborn
+
+    drawn = seaborn.pointplot(runs(a=[2, 4, 6], b=[1, 1.5, 3]), x="method", y="accuracy", errorbar=t_interval)
+    bars = [line.get_ydata() for line in drawn.lines if len(line.get_ydata()) == 2 and line.get_xdata()[0] == 0]
+    assert any(bar == pytest.approx(t_interval([2, 4, 6])) for bar in bars)
+
+
+def test_groups_without_an_interval_or_a_value_stay():
+    frame = runs(one=[0.5], same=[0.1] * 3, none=[np.nan] * 2, infinite=[1, np.inf])
+    with pytest.warns(UserWarning, match="2 of 8 rows have no accuracy"):
+        table = summary(frame, by="method").set_index("method")
     assert table.loc["one", ["low", "high", "std"]].isna().all() and table.loc["one", "n"] == 1
     assert table.loc["same", ["low", "high"]].tolist() == pytest.approx([0.1, 0.1])
+    assert table.loc["none", "n"] == 0 and table.loc["none", ["mean", "low", "high", "std"]].isna().all()
+    assert table.loc["infinite", "mean"] == np.inf and np.isnan(table.loc["infinite", "low"])
 
 
-def test_groups_keep_their_order_and_sizes_their_distance():
-    frame = pd.concat([runs(b=[1, 2], a=[3, 4]).assign(size=size) for size in ("quick", "full")])
-    with pytest.raises(ValueError, match=r"sizes \['quick', 'full'\] do not mix"):
-        summary(frame, by="method")
-    with pytest.raises(ValueError, match="do not mix"):
-        compare(frame)
+def test_sizes_and_epochs_do_not_count_as_runs():
+    frame = pd.concat([runs(b=[1, 2], a=[3, 4.5]).assign(size=size) for size in ("quick", "full")])
+    for call in (lambda: summary(frame, by="method"), lambda: compare(frame)):
+        with pytest.raises(ValueError, match=r"sizes \['quick', 'full'\] do not mix"):
+            call()
     assert summary(frame, by=["size", "method"])["method"].tolist() == ["b", "a", "b", "a"]
     assert compare(frame, within="size")["size"].tolist() == ["quick", "full"]
-
-
-def test_a_seed_counts_once():
-    curve = pd.concat([runs(a=[1, 2], b=[2, 3]).assign(epoch=epoch) for epoch in (0, 1)])
-    with pytest.raises(ValueError, match="seed .0. comes more than once in the group {'method': 'a'}"):
-        summary(curve, by="method")
-    with pytest.raises(ValueError, match="comes more than once"):
-        compare(curve)
-    assert summary(curve, by=["method", "epoch"])["n"].tolist() == [2, 2, 2, 2]
+    curve = frame.rename(columns={"size": "epoch"})
+    calls = (summary, {"by": "method"}), (compare, {}), (dunnett, {"by": "method", "value": "accuracy", "control": "a"})
+    for function, options in calls:
+        with pytest.raises(ValueError, match="seed .0. comes more than once in the group {'method': 'b'}"):
+            function(curve, **options)
     assert summary(curve, by="method", seed=None)["n"].tolist() == [4, 4]
-    assert len(compare(curve, within="epoch")) == 2
-
-
-def test_rows_without_a_value_are_left_out_aloud():
-    with pytest.warns(UserWarning, match="1 of 3 rows have no accuracy"):
-        assert summary(runs(a=[1, np.nan, 3]), by="method")["n"].tolist() == [2]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda frame: summary(frame, by="arm"), "unknown column 'arm'; known: method, seed, accuracy"),
-        (lambda frame: summary(frame, by="method", interval="z"), "unknown interval 'z'; known: t, bootstrap"),
+        (lambda frame: summary(frame, by="arm"), "unknown column 'arm'"),
         (lambda frame: summary(frame, by="method", level=95), "level must be a fraction .* not 95"),
         (lambda frame: summary(frame, by="seed", value="method"), "not numbers"),
-        (lambda frame: compare(frame, test="z"), "unknown test 'z'"),
-        (lambda frame: compare(frame, pair_on="start"), "unknown column 'start'"),
-        (lambda frame: compare(frame[frame.method == "a"]), "one arm only"),
-        (lambda frame: compare(frame, against="A"), "unknown arm 'A'; did you mean 'a'"),
-        (lambda frame: compare(frame, against=[("a", "z")]), "unknown arm 'z'"),
-        (lambda frame: compare(frame, against=["a"]), "list of pairs of two different arms, not .'a'."),
-        (lambda frame: compare(frame, against=[("a", "b"), ("b", "a")]), "none twice"),
-        (lambda frame: compare(frame, test="mcnemar"), "more than 0 and 1"),
-        (lambda frame: compare(frame, within="accuracy", pair_on="seed"), "no two of the arms to compare"),
+        (lambda frame: compare(frame, against="A"), "unknown arm 'A'"),
+        (lambda frame: compare(frame, against=[("a", "b"), ("b", "a")]), "list of different pairs"),
+        (lambda frame: compare(frame, within="accuracy"), "no two of the arms to compare"),
+        (lambda frame: compare(frame.replace(4, np.inf)), "infinite"),
+        (lambda frame: compare(frame.assign(seed=[0, np.nan] * 2)), "'seed' is empty"),
+        (lambda frame: dunnett(frame, "method", "accuracy", "z"), "unknown arm 'z'"),
+        (lambda frame: dunnett(frame[:3], "method", "accuracy", "a"), "arm 'b' has 1 run"),
+        (lambda frame: dunnett(frame.replace(4, np.inf), "method", "accuracy", "a"), "infinite"),
+        (lambda frame: dunnett(frame.assign(accuracy=1.0), "method", "accuracy", "a"), "no two runs of an arm differ"),
     ],
 )
 def test_errors_say_what_and_where(call, message):
@@ -99,192 +94,124 @@ def test_paired_t_by_hand_and_against_scipy():
     assert (row["a"], row["b"], row["n"], row["difference"]) == ("a", "b", 3, 2)
     assert row["p"] == row["p_holm"] == pytest.approx(0.0741799, abs=1e-6)
     assert (row["low"], row["high"]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-6)
-    assert row["verdict"] == "cannot be told apart"
+    assert not row["differs"] and row["larger"] is None
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, 10), rng.normal(0.3, 1, 10)
     shuffled = runs(a=a, b=b).sample(frac=1, random_state=0)
-    expected = {"t": stats.ttest_rel(a, b).pvalue, "wilcoxon": stats.wilcoxon(a, b).pvalue}
-    for test, p in expected.items():
-        assert compare(shuffled, test=test)["p"].iloc[0] == pytest.approx(p, rel=1e-12)
-
-
-def test_pairing_finds_what_the_spread_between_seeds_hides():
+    assert compare(shuffled)["p"].iloc[0] == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+    # pairing finds what the spread between seeds hides
     start = np.array([0.80, 0.85, 0.90, 0.95, 0.70])
-    table = compare(runs(weak=start, strong=start + [0.010, 0.011, 0.009, 0.010, 0.012]))
-    assert table["verdict"].tolist() == ["strong > weak"]
-    assert stats.ttest_ind(start, start + 0.01).pvalue > 0.8
+    assert compare(runs(weak=start, strong=start + [0.010, 0.011, 0.009, 0.010, 0.012])).larger.tolist() == ["strong"]
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 1000)] * 2), min_size=2, max_size=8),
+    st.sampled_from([1e-6, 1.0, 100.0]),
+)
+@settings(max_examples=100, deadline=None)
+def test_verdict_and_interval_agree(pairs, scale):
+    a, b = scale * np.array(pairs, float).T / 1000
+    row = compare(runs(a=a, b=b)).iloc[0]
+    assert row["differs"] == (row["low"] > 0 or row["high"] < 0)
+    assert row["low"] <= row["difference"] <= row["high"]
+    other = compare(runs(a=b, b=a)).iloc[0]
+    assert (other["p"], other["low"]) == pytest.approx((row["p"], -row["high"]))
+
+
+def test_rounding_does_not_decide():
+    start = np.linspace(0.5, 0.9, 5)
+    equal = compare(runs(a=start + 0.1, b=start)).iloc[0]
+    nearly = compare(runs(a=start + [0.1, 0.1, 0.1, 0.1, 0.1 + 1e-9], b=start)).iloc[0]
+    assert equal["p"] == pytest.approx(nearly["p"], rel=1e-6) and equal["differs"] and nearly["differs"]
+    one_image = compare(runs(a=start + 1e-4, b=start)).iloc[0]
+    assert one_image["p"] > 0.05, "one of 10,000 images, always the same way"
+    assert compare(runs(a=start + 1e-4, b=start), resolution=1e-9)["differs"].all()
+    tiny = 1e-6 * NOISE
+    same = compare(runs(a=tiny, b=np.nextafter(tiny, 1))).iloc[0]
+    assert (same["p"], same["low"], same["high"]) == (1, 0, 0) and not same["differs"]
 
 
 def test_holm_over_all_rows_by_hand():
     # a-b and a-c have the same small p, b-c a large one: times 3, times 2 (raised to the first), times 1
-    noise = np.array([0, 1, -1, 2, -2, 0.5])
-    table = compare(runs(a=10 + noise**2, b=noise, c=noise[::-1]))
+    table = compare(runs(a=10 + NOISE**2, b=NOISE, c=NOISE[::-1]))
     p = table["p"].to_numpy()
     order = np.argsort(p)
     by_hand = np.minimum(1, np.maximum.accumulate(p[order] * [3, 2, 1]))
     assert table["p_holm"].to_numpy()[order] == pytest.approx(by_hand)
-    assert table["verdict"].tolist() == ["a > b", "a > c", "cannot be told apart"]
+    assert table["differs"].dtype == bool and table["larger"].tolist() == ["a", "a", None]
+    rows = compare(runs(a=10 + NOISE**2, b=NOISE, c=NOISE[::-1]), against="a")
+    assert rows["a"].tolist() == ["b", "c"] and (rows["b"] == "a").all() and rows["larger"].tolist() == ["a", "a"]
+    mirrored = compare(runs(a=10 + NOISE**2, b=NOISE), against=[("b", "a")]).iloc[0]
+    assert mirrored["difference"] == -table["difference"].iloc[0] and mirrored["p_holm"] == mirrored["p"] == p[0]
 
 
-def test_holm_turns_a_lucky_pair_down():
-    rng = np.random.default_rng(0)
-    base = rng.normal(0, 1, 5)
-    lucky = {"a": base, "b": base + [0.9, 1.3, 0.2, 1.5, 0.6]}
-    assert compare(runs(**lucky))["verdict"].tolist() == ["b > a"]
-    many = compare(runs(**lucky, **{name: rng.normal(0, 1, 5) for name in "cdefgh"}))
-    assert many["p"].iloc[0] < 0.05 < many["p_holm"].iloc[0] and many["verdict"].iloc[0] == "cannot be told apart"
+def test_the_family_does_not_depend_on_what_has_finished():
+    better = NOISE + [0.9, 1.3, 0.2, 1.5, 0.6, 0.8]
+    full = runs(a=NOISE, b=better, c=NOISE[::-1] + 1, d=NOISE)
+    started = full.assign(accuracy=full.accuracy.where(full.method.isin(["a", "b"]) | (full.seed == 0)))
+    with pytest.warns(UserWarning, match="rows have no accuracy|without a partner"):
+        early = compare(started, against="a").set_index("a")
+    late = compare(full, against="a").set_index("a")
+    assert early.loc["b", "p_holm"] == late.loc["b", "p_holm"] == pytest.approx(3 * late.loc["b", "p"])
+    assert early["n"].to_dict() == {"b": 6, "c": 1, "d": 1}
+    assert early.loc["c", ["low", "high", "p", "p_holm"]].isna().all() and not early.loc["c", "differs"]
+    assert late.loc["d", "p"] == 1, "identical arms belong to the family"
 
 
-def test_equal_differences_are_judged_by_sign():
-    def p_and_verdict(n, step):
-        start = np.linspace(0.5, 0.9, n)
-        row = compare(runs(a=start + step, b=start)).iloc[0]
-        return row["p"], row["verdict"]
-
-    assert p_and_verdict(2, 0.001) == (0.5, "cannot be told apart")
-    assert p_and_verdict(6, 0.001) == (0.03125, "a > b")
-
-
-def test_missing_pairs():
+def test_runs_without_a_partner_are_left_out_with_a_warning():
     frame = runs(a=[1, 2, 3, 4], b=[2, 3, 5], c=[7])
-    with pytest.warns(
-        UserWarning, match="without a partner of the same seed are left out .3 comparisons, first a and b"
-    ):
-        table = compare(frame)
-    assert table["n"].tolist() == [3, 1, 1]
-    assert table["verdict"].tolist()[1:] == ["too few pairs (1)"] * 2
-    assert table.loc[1:, ["low", "high", "p", "p_holm"]].isna().all(axis=None)
-    assert table["p_holm"].iloc[0] == table["p"].iloc[0]  # what was not tested does not count
-    apart = frame.assign(seed=[0, 1, 2, 3, 10, 11, 12, 20])
-    with pytest.warns(UserWarning, match="without a partner"):
-        assert compare(apart)["verdict"].tolist() == ["too few pairs (0)"] * 3
+    with pytest.warns(UserWarning, match="same seed are left out .3 comparisons, first a and b"):
+        assert compare(frame)["n"].tolist() == [3, 1, 1]
 
 
 def test_within_compares_at_equal_values_only():
     low, high = (runs(a=[1, 2, 3.1], b=[1, 2, 3]).assign(sparsity=s) for s in (0.5, 0.9))
     high.loc[high.method == "a", "accuracy"] += [4, 4.1, 4.2]
     table = compare(pd.concat([low, high]), within=["sparsity"])
-    columns = [*"ab", "n", "difference", "low", "high", "p", "p_holm", "differs", "larger", "verdict"]
-    assert list(table.columns) == ["sparsity", *columns]
-    assert table["verdict"].tolist() == ["cannot be told apart", "a > b"]
+    columns = [*"ab", "n", "difference", "low", "high", "p", "p_holm", "differs", "larger"]
+    assert list(table.columns) == ["sparsity", *columns] and table["larger"].tolist() == [None, "a"]
     assert table["p_holm"].iloc[1] == pytest.approx(2 * table["p"].iloc[1])
 
 
-def test_only_the_comparisons_asked_for_are_corrected():
-    rng = np.random.default_rng(0)
-    base = rng.normal(0, 1, 6)
-    arms = {"a": base, "b": base + [0.9, 1.3, 0.2, 1.5, 0.6, 0.8], "c": base + 1, "d": -base, "e": rng.normal(0, 1, 6)}
-    frame = runs(**arms)
-    every = compare(frame)
-    assert len(every) == 10 and compare(frame, against=list(every[["a", "b"]].itertuples(index=False))).equals(every)
-    one = compare(frame, against=[("b", "d")]).iloc[0]
-    assert one["p_holm"] == one["p"] < every.set_index(["a", "b"]).p_holm["b", "d"]
-    rows = compare(frame, against="a")
-    assert rows["a"].tolist() == list("bcde") and set(rows["b"]) == {"a"}
-    mirrored = compare(frame, against=[("a", "b")]).iloc[0]
-    assert mirrored["difference"] == -rows["difference"].iloc[0] and mirrored["p"] == rows["p"].iloc[0]
-    p = np.sort(rows["p"])
-    assert np.sort(rows["p_holm"]) == pytest.approx(np.minimum(1, np.maximum.accumulate(p * [4, 3, 2, 1])))
-
-
-def test_which_arm_is_larger_needs_no_reading_of_sentences():
-    noise = np.array([0, 1, -1, 2, -2, 0.5])
-    table = compare(runs(low=noise, high=10 + noise**2, other=noise[::-1]))
-    assert table["differs"].dtype == bool and table["differs"].tolist() == [True, False, True]
-    assert table["larger"].tolist() == ["high", None, "high"]
-    numbers = compare(runs(low=noise, high=10 + noise**2).replace({"method": {"low": 1, "high": 8}}))
-    assert numbers["larger"].tolist() == [8] and numbers["verdict"].tolist() == ["8 > 1"]
-
-
-def test_arms_that_are_identical_by_construction_are_no_test():
-    noise = np.array([0, 1, -1, 2, -2, 0.5])
-    at_first = runs(a=noise, b=noise, c=noise).assign(sparsity=0.1)
-    later = runs(a=noise, b=noise + [0.3, 0.1, 0.4, 0.1, 0.5, 0.2], c=noise).assign(sparsity=0.9)
-    frame = pd.concat([at_first, later])
-    table = compare(frame, against="a", within="sparsity").set_index(["sparsity", "a"])
-    row = table.loc[0.9, "b"]
-    assert row["p_holm"] == row["p"] and row["differs"]  # the other three rows are no tests
-    same = table[table.verdict == "identical"]
-    assert len(same) == 3 and same[["p", "p_holm"]].isna().all(axis=None)
-    assert (same[["difference", "low", "high"]] == 0).all(axis=None) and not same["differs"].any()
-    # a difference of rounding is none, on any scale
-    tiny = 1e-6 * noise
-    assert compare(runs(a=tiny, b=np.nextafter(tiny, 1)))["verdict"].tolist() == ["identical"]
-
-
-# ---------------------------------------------------------------- single networks
-
-
-def two_networks(both, only_a, only_b, neither):
-    """Hits of two networks with these counts of images."""
-    pairs = [(1, 1)] * both + [(1, 0)] * only_a + [(0, 1)] * only_b + [(0, 0)] * neither
-    return torch.tensor(pairs).bool().unbind(1)
-
-
-def test_mcnemar_by_hand():
-    # 10 images that only a gets right, 2 that only b does: 2 * (C(12, 0) + C(12, 1) + C(12, 2)) / 2**12
-    a, b = two_networks(50, 10, 2, 38)
-    found = mcnemar(a, b)
-    assert found.p == pytest.approx(2 * (1 + 12 + 66) / 4096) and found.n == 100
-    assert found.difference == pytest.approx(0.08)
-    assert 0 < found.low < 0.08 < found.high < 0.2
-    assert mcnemar(b, a).p == found.p and mcnemar(b, a).difference == -found.difference
-    assert mcnemar(a, a).p == 1 and mcnemar(a, a).high == 0
-    assert mcnemar(a, b) == found and mcnemar(a.tolist(), b.numpy()) == found
-
-
-@given(st.integers(2, 10), st.integers(0, 10), st.integers(0, 10), st.integers(0, 10))
-@settings(max_examples=25, deadline=None)
-def test_images_right_in_both_or_wrong_in_both_change_the_interval_but_not_p(only_a, only_b, both, neither):
-    small = mcnemar(*two_networks(0, only_a, only_b, 0))
-    large = mcnemar(*two_networks(both, only_a, only_b, neither))
-    assert small.p == large.p and abs(large.difference) <= abs(small.difference)
-    assert large.low <= large.difference <= large.high
+def test_dunnett_against_scipy_and_its_example():
+    # Dunnett (1955), table 1: blood counts of animals; drug B's is higher, drug A's is not
+    control, a, b = [7.40, 8.50, 7.20, 8.24, 9.84, 8.32], [9.76, 8.80, 7.68, 9.36], [12.80, 9.68, 12.16, 9.20, 10.55]
+    table = dunnett(runs(control=control, a=a, b=b), "method", "accuracy", "control")
+    assert table["p"].tolist() == pytest.approx([0.62, 0.0058], abs=5e-3)
+    assert table["differs"].tolist() == [False, True] and table["larger"].tolist() == [None, "b"]
+    assert table["difference"].tolist() == pytest.approx([np.mean(a) - np.mean(control), np.mean(b) - np.mean(control)])
+    assert (table["low"] < table["difference"]).all() and (table["difference"] < table["high"]).all()
+    assert table["n"].tolist() == [4, 5] and (table["b"] == "control").all()
+    pd.testing.assert_frame_equal(table, dunnett(runs(control=control, a=a, b=b), "method", "accuracy", "control"))
 
 
 def test_the_bootstrap_over_images_covers_like_the_normal_interval():
-    a, b = two_networks(500, 120, 80, 300)
-    difference = (a.float() - b.float()).numpy()
-    half = 1.96 * difference.std(ddof=1) / np.sqrt(1000)
+    hits = [(1, 1)] * 500 + [(1, 0)] * 120 + [(0, 1)] * 80 + [(0, 0)] * 300
+    a, b = torch.tensor(hits).bool().unbind(1)
+    half = 1.96 * (a.float() - b.float()).std().item() / np.sqrt(1000)
     found = bootstrap_images(a, b)
+    assert found.difference == pytest.approx(0.04) and found.n == 1000
     assert (found.low, found.high) == pytest.approx((0.04 - half, 0.04 + half), abs=2e-3)
     assert found.p == pytest.approx(2 * stats.norm.sf(0.04 / (half / 1.96)), rel=0.3)
     assert found == bootstrap_images(a, b)
-    # any number for each image: the pruned network's loss against the dense one
-    drop = bootstrap_images(a.int() - b.int(), torch.zeros(1000))
+    drop = bootstrap_images(a.int() - b.int(), torch.zeros(1000))  # any number for each image
     assert (drop.difference, drop.low, drop.high) == pytest.approx((found.difference, found.low, found.high))
 
 
-def test_images_take_the_place_of_seeds():
-    a, b = two_networks(50, 10, 2, 38)
-    rows = [("snip", 0.5, a.int().tolist()), ("random", 0.5, b.int().tolist()), ("dense", 0.5, a.int().tolist())]
-    frame = pd.DataFrame(rows, columns=["method", "sparsity", "hits"])
-    texts = frame.assign(hits=frame.hits.map(json.dumps))  # as a sweep's table holds them
-    table = by_image(texts)
-    assert list(table.columns) == ["method", "sparsity", "image", "hit"] and len(table) == 300
-    pd.testing.assert_frame_equal(table, by_image(frame.assign(hits=[a, b.numpy(), a])))
-    pd.testing.assert_frame_equal(table, by_image(frame.set_index(pd.Index([0, 0, 0]))))
-    compared = compare(table, value="hit", pair_on="image", test="mcnemar", within="sparsity", against="random")
-    expected = mcnemar(a, b)
-    for row in compared.itertuples():
-        assert (row.p, row.difference, row.low, row.high) == pytest.approx(
-            (expected.p, expected.difference, expected.low, expected.high)
-        )
-    everything = compare(table, value="hit", pair_on="image", test="mcnemar")
-    assert everything["verdict"].tolist()[1] == "identical"
-    means = summary(table, by="method", value="hit", interval="bootstrap", seed="image")
-    assert means["n"].tolist() == [100] * 3 and means["mean"].tolist() == pytest.approx([0.6, 0.52, 0.6])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
+def test_a_few_images_prove_nothing(n):
+    found = bootstrap_images([1] * n, [0] * n)
+    assert np.isnan(found.p) if n == 1 else found.p == 2.0 ** (1 - n)
+    assert np.isnan(found.low) == (n < 6)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mcnemar([1, 0], [1]), "same images, but one has 2 and the other 1"),
-        (lambda: mcnemar([], []), "same images"),
-        (lambda: mcnemar([1, 2], [0, 1]), "0 or 1"),
-        (lambda: mcnemar([[1, 0]], [[0, 1]]), r"not values of shape \(1, 2\)"),
-        (lambda: bootstrap_images([1], [0], level=2), "level must be"),
-        (lambda: by_image(pd.DataFrame({"hits": [[1], [1, 0]]})), "rows of 1 and 2 images"),
+        (lambda: bootstrap_images([1, 0], [1]), r"same images, not \(2,\) and \(1,\)"),
+        (lambda: bootstrap_images([[1, 0]], [[0, 1]]), r"not \(1, 2\)"),
+        (lambda: bootstrap_images([1, 2, np.nan], [0, 1, 1]), "image 2 is nan"),
+        (lambda: bootstrap_images([1, 2], [0, np.inf]), "image 1 is inf"),
     ],
 )
 def test_networks_that_did_not_see_the_same_images(call, message):

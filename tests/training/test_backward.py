@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import pruneutils as pu
@@ -101,39 +100,6 @@ def test_closed_form_of_a_deep_net():
         torch.testing.assert_close(db2, dy.sum(0))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("inplace", [True, False])
-def test_a_net_with_activations_in_place(bias, inplace):
-    model, inputs, upstream = net(bias, inplace), draw(2, 2, 6, 6), draw(2, 5, seed=2)
-    outputs, dense, parameters = gradients(model, inputs, upstream)
-    with backward_pruned(model, random_masks(model)):
-        outputs_inside, inside, parameters_inside = gradients(model, inputs, upstream)
-    assert torch.equal(outputs_inside, outputs) and not torch.allclose(inside, dense)
-    last = 2 if bias else 1  # nothing pruned lies between the last layer and the loss
-    assert all(torch.equal(a, b) for a, b in zip(parameters_inside[-last:], parameters[-last:]))
-    with backward_pruned(model, random_masks(model, density=2)):  # nothing pruned
-        same = gradients(model, inputs, upstream)
-    assert torch.equal(same[1], dense) and all(torch.equal(a, b) for a, b in zip(same[2], parameters))
-
-
-def test_only_the_named_layers_and_backward_after_the_end():
-    model, x = net(), draw(2, 2, 6, 6).requires_grad_()
-    with backward_pruned(model, {"5.weight": torch.zeros(5, 108)}):
-        outputs = model(x)
-    outputs.sum().backward()
-    assert not x.grad.any() and not model[0].weight.grad.any() and model[5].weight.grad.any()
-
-
-def test_masks_from_prune_on_a_copy():
-    model, x = net(), draw(2, 2, 6, 6)
-    copied = copy.deepcopy(model)
-    masks = pu.prune(copied, "magnitude", 0.7)
-    with backward_pruned(model, masks):
-        outputs, inside, _ = gradients(model, x, draw(2, 5))
-    assert torch.equal(outputs, model(x)) and pu.count(model).pruned == 0
-    assert not torch.allclose(inside, gradients(model, x, draw(2, 5))[1])
-
-
 def everything(model):
     return [
         (name, list(module.__dict__), list(module._parameters), list(map(id, module._parameters.values())))
@@ -158,27 +124,6 @@ def test_no_trace_also_after_exceptions():
     assert torch.equal(gradients(model, x.detach(), draw(2, 5))[1], gradients(net(), x.detach(), draw(2, 5))[1])
 
 
-def test_a_forward_of_the_users_own_is_put_back():
-    layer = nn.Linear(3, 3)
-    layer.forward = own = lambda x: F.linear(x, layer.weight) * 2
-    mask, x = torch.eye(3), draw(2, 3).requires_grad_()
-    with backward_pruned(layer, {"weight": mask}):
-        layer(x).sum().backward()
-    assert layer.forward is own
-    torch.testing.assert_close(x.grad, (2 * layer.weight.detach() * mask).sum(0).expand(2, 3))
-
-
-def test_nested_contexts_intersect():
-    layer, x, dy = nn.Linear(6, 5), draw(4, 6), draw(4, 5)
-    a, b = random_masks(layer, 1), random_masks(layer, 2)
-    with backward_pruned(layer, a), backward_pruned(layer, b):
-        nested = gradients(layer, x, dy)
-    with backward_pruned(layer, {"weight": a["weight"] & b["weight"]}):
-        once = gradients(layer, x, dy)
-    assert torch.equal(nested[0], once[0]) and torch.equal(nested[1], once[1])
-    assert all(torch.equal(p, q) for p, q in zip(nested[2], once[2]))
-
-
 def test_tied_weights_are_masked_in_every_layer():
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
@@ -188,46 +133,6 @@ def test_tied_weights_are_masked_in_every_layer():
         model(x).sum().backward()
     w = first.weight.detach() * mask
     torch.testing.assert_close(x.grad, torch.ones(3, 4) @ w @ w)
-
-
-def test_training_inside_on_pruned_and_with_frozen_weights():
-    model, x = net(), draw(8, 2, 6, 6)
-    pu.prune(model, "magnitude", 0.5)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    with backward_pruned(model, random_masks(model)):
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-            optimizer.step()
-    assert pu.count(model).sparsity == pytest.approx(0.5, abs=1e-2)
-    assert not any(w[~pu.get_masks(model)[n]].any() for n, w in pu.prunable_weights(model).items())
-    model.requires_grad_(False)
-    x.requires_grad_()
-    with backward_pruned(model, {"5.weight": torch.zeros(5, 108)}):
-        model(x).sum().backward()
-    assert not x.grad.any()
-
-
-def test_second_derivatives():
-    """For y = (w x)^2 / 2: dy/dx = (w x) w', so its derivative by x is w' w', as both passes see pruned weights."""
-    layer = nn.Linear(3, 1, bias=False).double()
-    mask, x = torch.tensor([[1.0, 0.0, 1.0]]), draw(1, 3, dtype=torch.float64).requires_grad_()
-    with backward_pruned(layer, {"weight": mask}):
-        (first,) = torch.autograd.grad(layer(x).square().sum() / 2, x, create_graph=True)
-    second = torch.stack([torch.autograd.grad(part, x, retain_graph=True)[0][0] for part in first[0]])
-    w = (layer.weight.detach() * mask).double()
-    torch.testing.assert_close(first.detach(), layer(x).detach() * w)
-    torch.testing.assert_close(second, w.T @ w)
-
-
-def test_autocast():
-    model, x, dy = net(), draw(2, 2, 6, 6), draw(2, 5).bfloat16()
-    masks = random_masks(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs, dense, _ = gradients(model, x, dy)
-        with backward_pruned(model, masks):
-            inside, pruned, _ = gradients(model, x, dy)
-    assert torch.equal(outputs, inside) and not torch.allclose(pruned, dense)
 
 
 def test_errors_leave_the_model_alone():
@@ -240,7 +145,7 @@ def test_errors_leave_the_model_alone():
     ):
         with pytest.raises(ValueError, match=message), backward_pruned(model, masks):
             pass
-    with pytest.raises(ValueError, match="never calls out_proj"):
-        with backward_pruned(attention, random_masks(attention)):
+    with pytest.raises(ValueError, match="out_proj.weight is not of"):
+        with backward_pruned(attention, {"out_proj.weight": torch.ones(4, 4)}):
             pass
     assert everything(model) == before

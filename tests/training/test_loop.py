@@ -73,37 +73,6 @@ def test_the_machine_chooses_the_precision_only_if_asked_and_it_is_recorded(auto
     assert pu.fit(linear, batch, epochs=1, precision="auto").precision.tolist() == ["float32"]
 
 
-def test_evaluation_runs_in_the_precision_of_training():
-    class Dtypes(nn.Linear):
-        def forward(self, x):
-            outputs = super().forward(x)
-            dtypes.append((self.training, outputs.dtype))
-            return outputs
-
-    model, data = Dtypes(4, 3), (torch.randn(6, 4), torch.randint(3, (6,)))
-    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        dtypes = []
-        pu.fit(model, data, data, epochs=1, precision=precision)
-        assert dtypes == [(True, dtype), (False, dtype)]
-
-
-class Modes(nn.Linear):
-    """Remembers the mode of each forward pass."""
-
-    def forward(self, x):
-        self.modes.append(self.training)
-        return super().forward(x)
-
-
-def test_evaluation_is_in_eval_mode_and_as_often_as_asked():
-    model, data = Modes(4, 3), (torch.randn(6, 4), torch.randint(3, (6,)))
-    model.modes = []
-    table = pu.fit(model, data, data, epochs=5, test_every=2, batch_size=6)
-    assert model.modes == [True, True, False, True, True, False, True, False]
-    assert table.test_accuracy.isna().tolist() == [True, False, True, False, False]
-    assert pu.fit(model, data, epochs=2).test_accuracy.isna().all()
-
-
 def test_learning_rates_follow_the_schedule_and_come_back():
     seen = {}
     for name in ("constant", "step", "cosine", "one-cycle", lambda t: 1 - t):
@@ -126,28 +95,9 @@ def test_learning_rates_follow_the_schedule_and_come_back():
 def test_divergence_stops_and_gives_the_learning_rate_back():
     model, data = nn.Linear(4, 3), (100 * torch.randn(40, 4), torch.arange(40) % 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e38)
-    with pytest.raises(pu.DivergenceError, match=r"loss became (nan|inf) in epoch \d of 5 \(lr 1e\+38"):
+    with pytest.raises(pu.training.DivergenceError, match=r"loss became (nan|inf) in epoch \d of 5 \(lr 1e\+38"):
         pu.fit(model, data, epochs=5, optimizer=optimizer, lr_schedule="cosine", batch_size=4)
     assert optimizer.param_groups[0]["lr"] == 1e38
-
-
-def test_divergence_in_the_last_step_is_noticed():
-    model, data = nn.Linear(4, 3), (100 * torch.randn(8, 4), torch.arange(8) % 3)
-    with pytest.raises(
-        pu.DivergenceError, match=r"weight became NaN or infinite in epoch 1 of 1 \(lr 3e\+38, sparsity"
-    ):
-        pu.fit(model, data, epochs=1, lr=3e38, batch_size=8)  # the only loss is from before the step
-
-
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_after_divergence_pruned_weights_are_zero_and_the_error_says_what_state_the_model_is_in(epochs):
-    model, data = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), (100 * torch.randn(8, 4), torch.arange(8) % 3)
-    masks = pu.prune(model, "random", 0.5).copy()
-    with pytest.raises(pu.DivergenceError, match="pruned weights are zero, and others may be of no use"):
-        pu.fit(model, data, epochs=epochs, lr=3e38, batch_size=4)
-    for name, weight in pu.prunable_weights(model).items():
-        assert (weight[~masks[name]] == 0).all() and not weight[~masks[name]].signbit().any()
-    assert any(finding.check == "non_finite" for finding in pu.check(model))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -169,26 +119,6 @@ def test_modes_layout_and_rates_are_as_before_also_after_an_interruption(trainin
     assert all(p.is_contiguous() for p in model.parameters()) and optimizer.param_groups[0]["lr"] == 0.1
 
 
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_model_keeps_its_layout(layout, interrupted):
-    model = nn.Sequential(nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 3)).to(
-        memory_format=layout
-    )
-    data = torch.randn(8, 16, 6, 6), torch.arange(8) % 3
-    strides = [p.stride() for p in model.parameters()]
-
-    def interrupt(model, step, steps):
-        if interrupted:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
-        pu.fit(model, data, epochs=1, on_step=interrupt)
-    assert [p.stride() for p in model.parameters()] == strides
-    pu.prune(model, "magnitude", 0.5)
-    assert [p.stride() for p in model.parameters()] == strides
-
-
 def test_a_model_with_nothing_to_prune_trains():
     model, data = nn.Sequential(nn.Flatten(), nn.LayerNorm(5)), (torch.randn(8, 5), torch.randint(5, (8,)))
     assert pu.fit(model, data, epochs=1).sparsity.isna().all()
@@ -199,26 +129,16 @@ class Endless(torch.utils.data.IterableDataset):
         yield from zip(*samples())
 
 
-def test_numbers_may_come_from_numpy():
-    assert len(pu.fit(net(), samples(), epochs=np.int64(2), batch_size=np.int64(8), seed=np.int64(1))) == 2
-
-
 @pytest.mark.parametrize(
     "options, error, message",
     [
         (dict(epochs=0), ValueError, "epochs must be a whole number of at least 1, not 0"),
-        (dict(epochs=1.5), ValueError, "epochs must be a whole number of at least 1, not 1.5"),
         (dict(batch_size=0), ValueError, "batch_size must be a whole number of at least 1, not 0"),
-        (dict(seed=0.5), ValueError, "seed must be a whole number of at least 0, not 0.5"),
         (dict(test_every=0), ValueError, "test_every must be a whole number of at least 1, not 0"),
         (dict(start_step=-1), ValueError, "start_step must be a whole number of at least 0, not -1"),
-        (dict(optimizer=plain_sgd(net().parameters())), ValueError, r"\(SGD\) updates no parameter of this Sequential"),
-        (dict(optimizer=7), ValueError, "unknown optimizer 7; known: sgd, adam"),
         (dict(train=DataLoader(Endless())), TypeError, "train must be re-iterable and have a length.*not DataLoader"),
         (dict(train=[samples()[0]]), TypeError, "a batch must be an .inputs, targets. pair"),
-        (dict(optimizer="sdg"), ValueError, "unknown optimizer 'sdg'; did you mean 'sgd'"),
         (dict(lr_schedule="cosin"), ValueError, "unknown lr_schedule 'cosin'; did you mean 'cosine'"),
-        (dict(precision="half"), ValueError, "unknown precision 'half'"),
         (dict(optimizer=plain_sgd, lr=0.1), ValueError, "lr and weight_decay go with an optimizer's name"),
         (dict(train=iter([samples()])), TypeError, "train must be re-iterable"),
         (dict(train=samples(0)), ValueError, "train holds no sample"),
@@ -247,21 +167,6 @@ def test_training_from_a_snapshot_equals_the_uninterrupted_run():
         assert_same(model, states[15])
         assert rest.epoch.tolist() == list(range(start // 5 + 1, 4))
         assert rest.iloc[-1, 1:7].equals(whole.iloc[-1, 1:7])
-
-
-def test_training_from_a_snapshot_draws_the_same_dropout():
-    model, data, states = net(dropout=0.5), samples(), {}
-    options = dict(epochs=2, batch_size=8, optimizer=plain_sgd)
-    pu.fit(model, data, on_step=lambda m, step, _: states.update({step: copy.deepcopy(m.state_dict())}), **options)
-    model.load_state_dict(states[6])
-    pu.fit(model, data, start_step=6, **options)
-    assert_same(model, states[10])
-
-
-def test_three_dimensional_convolutions_train_in_bfloat16():
-    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(16, 3))
-    data = torch.randn(8, 1, 4, 4, 4), torch.randint(3, (8,))
-    assert len(pu.fit(model, data, epochs=1, precision="bfloat16")) == 1
 
 
 def test_masks_hold_in_fit():
