@@ -1,62 +1,44 @@
 """What a model costs: parameters, multiply-accumulates (MACs) dense and sparse, bytes on disk, measured latency."""
 
-import math
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from ._checks import whole
-from ._products import Products, countable
-from ._stored import tied_names
+from ._checks import number, whole
+from ._files import tied_names
 from ._torch import device_of, in_mode
 from .model_utils import get_masks, layer_name, layer_table, prunable_weights
 
 if TYPE_CHECKING:
     import pandas as pd
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Cost:
-    """The price of a model and of one input of it; MACs as `cost` counts them.
+    """The price of a model and of one input of it; MACs as `cost` counts them."""
 
-    Args:
-        parameters: All of them: weights, biases, normalisation.
-        nonzero: How many of these are not zero.
-        prunable: The weights of the prunable layers.
-        kept: How many of these are kept, as `count` counts them.
-        macs: Per input, the additions of biases included.
-        sparse_macs: The same without the multiplications by weights that are zero.
-        bias_macs: Of both, the additions of biases.
-        bytes: Of the state_dict, tied weights once.
-        sparse_bytes: As `save` stores it: where there is a mask, one bit a weight and the kept values.
-        latency: Median seconds of a forward pass of the whole batch, if measured.
-        latency_spread: Interquartile range of the same, in seconds.
-        threads: The number of CPU threads that the latency was measured with.
-
-    Example:
-        >>> model = pu.models.create("lenet300")
-        >>> masks = pu.prune(model, "magnitude", 0.9)
-        >>> price = pu.cost(model, torch.zeros(1, 1, 28, 28))
-        >>> price.macs, price.sparse_macs, round(price.mac_density, 4)
-        (266610, 27030, 0.1014)
-    """
-
-    parameters: int
-    nonzero: int
-    prunable: int
-    kept: int
-    macs: int
-    sparse_macs: int
-    bias_macs: int
-    bytes: int
-    sparse_bytes: int
-    latency: float | None = None
-    latency_spread: float | None = None
-    threads: int | None = None
+    parameters: int  # all of them: weights, biases, normalisation
+    nonzero: int  # how many of these are not zero
+    prunable: int  # the weights of the prunable layers
+    kept: int  # how many of these are kept, as `count` counts them
+    macs: int  # per input, the additions of biases included
+    sparse_macs: int  # the same without the multiplications by weights that are zero
+    bias_macs: int  # of both, the additions of biases
+    bytes: int  # of the state_dict, tied weights once
+    sparse_bytes: int  # as `save` stores it: where there is a mask, one bit a weight and the kept values
+    latency: float | None = None  # median seconds of a forward pass of the whole batch, if measured
+    latency_spread: float | None = None  # interquartile range of the same, in seconds
+    threads: int | None = None  # CPU threads that the latency was measured with
 
     @property
     def mac_density(self) -> float:
@@ -65,63 +47,49 @@ class Cost:
 
 
 def cost(
-    model: nn.Module,
-    inputs: torch.Tensor,
-    *,
-    latency: bool = False,
-    threads: int = 1,
-    seconds: float = 1.0,
+    model: nn.Module, inputs: torch.Tensor, *, latency: bool = False, threads: int = 1, seconds: float = 1.0
 ) -> Cost:
     """Count what a model costs, and measure its latency if asked; the model is left as it was.
 
-    MACs are per input: half of what torch's counter gives for the matrix products and convolutions, attention and
-    groups included, plus `bias_macs`, the convention of Tanaka et al. 2020's code: one per output element of a
-    convolution with a bias and one per output feature of a linear layer with a bias. Normalisation, activations,
-    pooling and residual additions are free. `sparse_macs` leaves out the products with weights that are zero, masked or
-    not. Dense kernels compute them all the same: only `latency` tells what a device gains.
+    MACs are per input: half of what torch's formulas give for matrix products and convolutions, plus `bias_macs`, as in
+    Tanaka et al. 2020's code: one per output element of a convolution and per output feature of a linear layer with a
+    bias. All else is free. `sparse_macs` leaves out the products with weights that are zero, masked or not. Dense
+    kernels compute them all the same: only `latency` shows what a device gains.
 
     Args:
         model: Any `nn.Module` with prunable layers.
         inputs: A batch (N, ...), of which the first is run to count, and all to measure.
         latency: Whether to measure the time of a forward pass in eval mode.
-        threads: CPU threads while measuring; afterwards there are as many as before.
-        seconds: Measure for about this long, after a warm-up, and at least five times.
+        threads, seconds: CPU threads while measuring, and for about how long; at least five times, after a warm-up.
 
     Returns:
         A `Cost`.
 
     Raises:
-        TypeError: If `inputs` is not a tensor.
         ValueError: If `inputs` is empty, an option is out of its range, or the model has nothing to prune.
 
     Example:
-        >>> model = pu.models.create("vgg16")
-        >>> pu.cost(model, torch.zeros(1, 3, 32, 32)).macs
-        313478154
-        >>> price = pu.cost(pu.models.create("lenet300"), torch.zeros(8, 1, 28, 28), latency=True, seconds=0.1)
-        >>> 0 < price.latency < 1, price.threads
-        (True, 1)
+        >>> model = pu.models.create("lenet300")
+        >>> masks = pu.prune(model, "magnitude", 0.9)
+        >>> price = pu.cost(model, torch.zeros(1, 1, 28, 28))
+        >>> price.macs, price.sparse_macs, round(price.mac_density, 4)
+        (266610, 27030, 0.1014)
     """
     whole("threads", threads)
-    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
-        raise ValueError(f"seconds must be a number above 0, not {seconds!r}")
+    number("seconds", seconds, least=0)
     table, products = _count_macs(model, inputs)
-    skipped = int((table["macs"] - table["sparse_macs"]).sum())
-    parameters, state, masks = list(model.parameters()), model.state_dict(), get_masks(model)
-    saved = sum(
-        (mask.numel() - int(mask.count_nonzero())) * state[name].element_size() - -(-mask.numel() // 8)
-        for name, mask in masks.items()
-    )
-    tied = tied_names(state, masks)
-    size = sum(tensor.numel() * tensor.element_size() for name, tensor in state.items() if name not in tied)
+    parameters, macs = list(model.parameters()), products.total + products.biases
+    state, masks = model.state_dict(), get_masks(model)
+    size = sum(state[name].nbytes for name in state.keys() - tied_names(state, masks).keys())
+    saved = sum(int((~mask).sum()) * state[name].itemsize - -(-mask.numel() // 8) for name, mask in masks.items())
     median, spread = _latency(model, inputs, threads, seconds) if latency else (None, None)
     return Cost(
         parameters=sum(p.numel() for p in parameters),
         nonzero=sum(int(p.detach().count_nonzero()) for p in parameters),
         prunable=int(table["total"].sum()),
         kept=int(table["kept"].sum()),
-        macs=products.total + products.biases,
-        sparse_macs=products.total + products.biases - skipped,
+        macs=macs,
+        sparse_macs=macs - int((table["macs"] - table["sparse_macs"]).sum()),
         bias_macs=products.biases,
         bytes=size,
         sparse_bytes=size - saved,
@@ -135,53 +103,112 @@ def cost_table(model: nn.Module, inputs: torch.Tensor) -> "pd.DataFrame":
     """List what each prunable layer costs.
 
     Args:
-        model: Any `nn.Module` with prunable layers.
-        inputs: A batch (N, ...), of which the first is run.
+        model, inputs: As for `cost`.
 
     Returns:
-        A row per prunable layer in module order with the columns layer, shape, density, macs and sparse_macs (as in
-        `cost`, per input). Products without a prunable weight, such as queries times keys, are in no row.
-
-    Raises:
-        TypeError: If `inputs` is not a tensor.
-        ValueError: If `inputs` is empty or the model has nothing to prune.
+        A row per prunable layer in module order: layer, shape, density, macs and sparse_macs (as in `cost`). Products
+        without a prunable weight, such as queries times keys, are in no row.
 
     Example:
-        >>> pu.cost_table(pu.models.create("lenet300"), torch.zeros(1, 1, 28, 28))
+        >>> pu.costs.cost_table(pu.models.create("lenet300"), torch.zeros(1, 1, 28, 28))
           layer       shape  density    macs  sparse_macs
         0   fc1  (300, 784)      1.0  235500       235500
         1   fc2  (100, 300)      1.0   30100        30100
         2   fc3   (10, 100)      1.0    1010         1010
     """
     table, _ = _count_macs(model, inputs)
-    table["density"] = 1 - table["sparsity"]
-    return table[["layer", "shape", "density", "macs", "sparse_macs"]]
+    return table.assign(density=1 - table["sparsity"])[["layer", "shape", "density", "macs", "sparse_macs"]]
 
 
-# --- Products --------------------------------------------------------------------------------------------------------
-
-
-def _count_macs(model, inputs) -> "tuple[pd.DataFrame, Products]":
+def _count_macs(model, inputs) -> "tuple[pd.DataFrame, _Products]":
     """Return the layer table with macs and sparse_macs for one input, and the products of the whole model."""
     if not torch.is_tensor(inputs):
         raise TypeError(f"inputs must be a tensor (N, ...), not {type(inputs).__name__}")
     if inputs.ndim == 0 or len(inputs) == 0:
         raise ValueError("inputs is empty: one input is needed to see the shapes")
-    weights = prunable_weights(model)
-    products = Products(model, {name: weight for name, weight in weights.items() if weight.ndim > 1})  # no biases
-    torch.clear_autocast_cache()  # under autocast, copies of the weights from before would not be known
-    with torch.no_grad(), in_mode(model, training=False), countable(), products:
-        model(inputs[:1].to(device_of(model)))
+    weights, device = prunable_weights(model), device_of(model)
+    products = _Products(model, weights)
+    with (
+        torch.inference_mode(False),  # there composed operations would arrive whole
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),  # with it, copies of the weights would be multiplied
+        in_mode(model, training=False),
+        _plain_attention(),
+        products,
+    ):
+        model(inputs[:1].clone().to(device))
     table = layer_table(model)
     names = table["layer"].map({layer_name(name): name for name in weights})
-    added, dense, sparse = (
-        names.map(counts).fillna(0).astype(int) for counts in (products.bias_of, products.dense_of, products.sparse_of)
-    )
+    added, dense, sparse = (names.map(n).astype(int) for n in (products.bias_of, products.dense_of, products.sparse_of))
     table["macs"], table["sparse_macs"] = dense + added, sparse + added
     return table, products
 
 
-# --- Latency ---------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Compute attention by plain matrix products: torch has no formula for the fused kernels of a CPU."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _Products(TorchDispatchMode):
+    """Counts the products of a forward pass by torch's formulas, and notes which weight takes part in each."""
+
+    def __init__(self, model: nn.Module, weights: dict[str, nn.Parameter]):
+        super().__init__()
+        self.total = self.biases = 0
+        self.dense_of, self.sparse_of, self.bias_of = (dict.fromkeys(weights, 0) for _ in range(3))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        biases = {name: parameters.get(name.removesuffix("weight") + "bias") for name in weights}
+        self._alive = []
+        # by their memory, so that parts of a weight belong to it, and what is computed from it entry by entry
+        self._names = {_memory(w): name for name, w in weights.items() if w.ndim > 1}
+        self._bias_names = {_memory(bias): name for name, bias in biases.items() if bias is not None}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to be skipped by the compiler means to import it, which takes seconds
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, operation = kwargs or {}, getattr(func, "overloadpacket", func)
+        result = func(*args, **kwargs)
+        tensors = [arg for arg in args if torch.is_tensor(arg)]
+        weight = next((tensor for tensor in tensors if _memory(tensor) in self._names), None)
+        name = None if weight is None else self._names[_memory(weight)]
+        if operation in flop_registry:
+            n_products = flop_registry[operation](*args, **kwargs, out_val=result) // 2
+            self.total += n_products
+            if name is not None:
+                self.dense_of[name] += n_products
+                self.sparse_of[name] += n_products * int(weight.count_nonzero()) // weight.numel()
+        elif name is not None and operation is not aten.embedding:
+            first = result[0] if isinstance(result, tuple | list) and result else result
+            if torch.is_tensor(first) and first.numel() == weight.numel():  # such as a standardised weight
+                self._names[_memory(first)] = name
+                self._alive.append(first)  # so that its memory is not used anew
+        if operation is aten.convolution and args[2] is not None:
+            self._note_bias(args[2], result.numel())
+        elif operation is aten.addmm and args[0].ndim == 1:
+            self._note_bias(args[0], args[0].numel())
+        elif operation in (aten.add, aten.add_):  # a linear layer whose inputs are not contiguous
+            for tensor in tensors:
+                if _memory(tensor) in self._bias_names:
+                    self._note_bias(tensor, tensor.numel())
+        return result
+
+    def _note_bias(self, bias, n_added):
+        self.biases += n_added
+        if (name := self._bias_names.get(_memory(bias))) is not None:
+            self.bias_of[name] += n_added
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _latency(model, inputs, threads, seconds) -> tuple[float, float]:
