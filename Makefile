@@ -15,9 +15,9 @@ run: .venv/installed
 	@$(BIN)/python -m pruneutils.notebook --show --output build notebooks/gradual_pruning.ipynb
 	@echo "picture: build/gradual_pruning.png"
 
-# Everything: unit tests, and all notebooks compared with their stored outputs.
+# Everything: unit tests, and all notebooks compared with their stored outputs. FAST=1 leaves out slow tests and notebooks.
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope --nbval tests notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --durations=10 $(if $(FAST),-m "not slow" tests,--nbval tests notebooks)
 
 # JupyterLab refuses to run as root, but in a container there is often no other user. Further options: LAB=--port=9999
 # The server's root is the repository, so that notebooks show the pictures in images/.
@@ -56,7 +56,7 @@ notebooks: .venv/installed
 
 # For maintainers: what README says was found, computed anew from results/; and the explorer's film and screenshots.
 findings: .venv/installed
-	$(BIN)/python docs/findings.py
+	$(BIN)/python docs/results.py
 
 pictures: .venv/installed
 	for what in film asked synflow panel; do $(BIN)/python docs/record.py $$what || exit 1; done
@@ -67,5 +67,5 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	@"$(or $(PYTHON),python3)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("pruneutils needs Python 3.11 or newer, and %s is %d.%d; name another: make PYTHON=/path/to/python3.11" % ((sys.executable,) + sys.version_info[:2]))'
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks,docs,test]'
 	@touch $@

@@ -24,7 +24,7 @@ def _pruned(model):
 
 def _pruned_with_dense_gradients(model):
     _pruned(model)
-    model.dense = pu.dense_gradients(model)
+    model.dense = pu.model_utils.dense_gradients(model)
     model.dense.__enter__()  # for good: these models die with the process
 
 
