@@ -28,7 +28,7 @@ def summary(
         frame: One row for each run, as `sweep` returns; a run without a value is left out with a warning.
         by, value: The column, or the columns, that name the groups; and the column to summarize.
         level: The coverage of the interval.
-        seed: The column that tells the runs of a group apart; None if the runs have none.
+        seed: The column that distinguishes the runs of a group; None if the runs have none.
 
     Returns:
         One row for each group, in order of appearance: the columns of `by`, mean, low, high, n, std. A single run has
@@ -137,7 +137,7 @@ def dunnett(
         frame: One row for each run, such as the table that `sweep` returns.
         by, value: The column that names the arms, and the column to compare.
         control, level: The arm that each other arm is compared with, and the coverage of all intervals together.
-        seed: The column that tells the runs of an arm apart; None if the runs have none.
+        seed: The column that distinguishes the runs of an arm; None if the runs have none.
 
     Returns:
         One row for each other arm, with the columns of `compare`: b is the control, p is corrected for all arms, and
