@@ -20,6 +20,7 @@ def repository(start: str | os.PathLike = ".") -> Path:
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
     """Write a file: a reader meets the old one or the new one, never half of one, even if the process is killed."""
+    path = os.path.realpath(path)  # what a link points to, so that the link stays
     folder, name = os.path.split(path)
     part = os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -35,11 +36,11 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
 
 
 def tied_names(state: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return {name: the name under which the same tensor is stored}; a name with a mask is stored, else the first."""
+    """Return {name: the name under which the same tensor is stored}: the first; all names with masks are stored."""
     first, tied = {}, {}
     for name in sorted(state, key=lambda name: name not in masks):
         tensor = state[name]
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
-        if first.setdefault(place, name) != name:
+        if first.setdefault(place, name) != name and name not in masks:
             tied[name] = first[place]
     return tied

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ._checks import masks_by_name
-from .model_utils import Masks, attach_masks, get_masks, layer_name
+from ._torch import device_of, own_random_state
+from .masks import attach
+from .model_utils import Masks, get_masks
 from .pruning import criteria
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -47,8 +45,7 @@ def redraw(model: nn.Module, seed: int = 0, init: Callable[[nn.Module], object] 
     Args:
         model: A masked model.
         seed: Of the new weights; the global random state is left alone.
-        init: `init(model)` draws the weights; by default every module does so by its `reset_parameters`, and a
-            ValueError names those that have parameters and no such method.
+        init: `init(model)` draws the weights; by default every module does so by its `reset_parameters`.
 
     Returns:
         The same model.
@@ -63,14 +60,12 @@ def redraw(model: nn.Module, seed: int = 0, init: Callable[[nn.Module], object] 
     if init is None and (left := [name or type(model).__name__ for name, m in own.items() if _reset_of(m) is None]):
         raise ValueError(f"{', '.join(left)}: parameters without reset_parameters; give init")
     masks = get_masks(model)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
+    with own_random_state(device_of(model), seed), torch.no_grad():
         if init is None:  # children first: nn.MultiheadAttention has the last word on its projection's bias
             model.apply(lambda module: _reset_of(module)() if module._parameters else None)
         else:
             init(model)
-    attach_masks(model, masks)
+    attach(dict(model.named_modules()), masks)
     return model
 
 
@@ -95,16 +90,13 @@ def inverted(criterion: str | Callable = "magnitude", **options: object) -> Call
         [[False, True, True, False]]
     """
 
-    def score(model, data=None, loss_fn=None, seed=0):
-        chosen = criteria.bind(criterion, data, loss_fn, seed, options)
+    def score(model, weights, data=None, loss_fn=None, seed=0):
+        chosen = criteria.bind(criterion, data, loss_fn, seed, options, weights)
         return {name: -values for name, values in chosen.call(model).items()}
 
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
     score.__name__ = f"inverted {name}"
     return score
-
-
-# --- What masks have in common ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -113,10 +105,10 @@ class Overlap:
 
     iou: float  # in [0, 1], NaN where neither keeps a weight
     expected: float  # of independent random masks with these counts per layer: expected intersection over union
-    layers: "pd.DataFrame"  # a row per layer: layer, total, kept_a, kept_b, both, iou, expected
+    n_layers: int
 
     def __repr__(self):
-        return f"Overlap(iou {self.iou:.4f}, {self.expected:.4f} expected of random masks, {len(self.layers)} layers)"
+        return f"Overlap(iou {self.iou:.4f}, {self.expected:.4f} expected of random masks, {self.n_layers} layers)"
 
 
 def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
@@ -126,7 +118,7 @@ def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
         masks_a, masks_b: {parameter name: bool tensor}, of the same names and shapes.
 
     Returns:
-        The intersection over union of the kept weights, what independent random masks would have, and both by layer.
+        `.iou`, the intersection over union of the kept weights, and `.expected`, that of independent random masks.
 
     Example:
         >>> first = pu.prune(pu.models.create("lenet300"), "random", 0.9, seed=0)
@@ -137,17 +129,14 @@ def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
     masks_a, masks_b = masks_by_name(masks_a), masks_by_name(masks_b)
     if different := sorted(masks_a.keys() ^ masks_b.keys()):
         raise ValueError(f"the masks are of different weights: {', '.join(different)} only in one of them")
-    rows = []
+    kept, both, chance = 0, 0, 0.0
     for name in masks_a:
         a, b = masks_a[name].bool(), masks_b[name].bool()
         if a.shape != b.shape:
             raise ValueError(f"{name}: the masks have shapes {tuple(a.shape)} and {tuple(b.shape)}")
-        counts = [int(mask.count_nonzero()) for mask in (a, b, a & b.to(a.device))]
-        rows.append((layer_name(name), a.numel(), *counts))
-    import pandas as pd
-
-    layers = pd.DataFrame(rows, columns=["layer", "total", "kept_a", "kept_b", "both"])
-    chance, kept = layers.kept_a * layers.kept_b / layers.total, layers.kept_a + layers.kept_b
-    layers["iou"], layers["expected"] = layers.both / (kept - layers.both), chance / (kept - chance)
-    iou, expected = (float(n.sum() / (kept - n).sum()) if kept.sum() else float("nan") for n in (layers.both, chance))
-    return Overlap(iou, expected, layers)
+        kept_a, kept_b = int(a.count_nonzero()), int(b.count_nonzero())
+        kept += kept_a + kept_b
+        both += int((a & b.to(a.device)).count_nonzero())
+        chance += kept_a * kept_b / a.numel()
+    iou, expected = (n / (kept - n) if kept else float("nan") for n in (both, chance))
+    return Overlap(iou, expected, len(masks_a))

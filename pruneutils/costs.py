@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ._checks import number, whole
+from ._checks import number
 from ._files import tied_names
-from ._torch import device_of, in_mode
+from ._torch import device_of, forward, in_mode, inputs_of
 from .model_utils import get_masks, layer_name, layer_table, prunable_weights
 
 if TYPE_CHECKING:
@@ -29,16 +29,12 @@ class Cost:
 
     parameters: int  # all of them: weights, biases, normalisation
     nonzero: int  # how many of these are not zero
-    prunable: int  # the weights of the prunable layers
-    kept: int  # how many of these are kept, as `count` counts them
     macs: int  # per input, the additions of biases included
     sparse_macs: int  # the same without the multiplications by weights that are zero
     bias_macs: int  # of both, the additions of biases
     bytes: int  # of the state_dict, tied weights once
     sparse_bytes: int  # as `save` stores it: where there is a mask, one bit a weight and the kept values
     latency: float | None = None  # median seconds of a forward pass of the whole batch, if measured
-    latency_spread: float | None = None  # interquartile range of the same, in seconds
-    threads: int | None = None  # CPU threads that the latency was measured with
 
     @property
     def mac_density(self) -> float:
@@ -46,9 +42,7 @@ class Cost:
         return self.sparse_macs / self.macs
 
 
-def cost(
-    model: nn.Module, inputs: torch.Tensor, *, latency: bool = False, threads: int = 1, seconds: float = 1.0
-) -> Cost:
+def cost(model: nn.Module, inputs: object, *, latency: bool = False, seconds: float = 1.0) -> Cost:
     """Count what a model costs, and measure its latency if asked; the model is left as it was.
 
     MACs are per input: half of what torch's formulas give for matrix products and convolutions, plus `bias_macs`, as in
@@ -58,9 +52,9 @@ def cost(
 
     Args:
         model: Any `nn.Module` with prunable layers.
-        inputs: A batch (N, ...), of which the first is run to count, and all to measure.
-        latency: Whether to measure the time of a forward pass in eval mode.
-        threads, seconds: CPU threads while measuring, and for about how long; at least five times, after a warm-up.
+        inputs: Inputs (N, ...) or a batch of any form, of which the first is run to count, and all to measure.
+        latency: Whether to measure the time of a forward pass in eval mode, on one thread.
+        seconds: For about how long to measure, after a warm-up; at least once.
 
     Returns:
         A `Cost`.
@@ -75,31 +69,25 @@ def cost(
         >>> price.macs, price.sparse_macs, round(price.mac_density, 4)
         (266610, 27030, 0.1014)
     """
-    whole("threads", threads)
     number("seconds", seconds, least=0)
     table, products = _count_macs(model, inputs)
     parameters, macs = list(model.parameters()), products.total + products.biases
     state, masks = model.state_dict(), get_masks(model)
     size = sum(state[name].nbytes for name in state.keys() - tied_names(state, masks).keys())
     saved = sum(int((~mask).sum()) * state[name].itemsize - -(-mask.numel() // 8) for name, mask in masks.items())
-    median, spread = _latency(model, inputs, threads, seconds) if latency else (None, None)
     return Cost(
         parameters=sum(p.numel() for p in parameters),
         nonzero=sum(int(p.detach().count_nonzero()) for p in parameters),
-        prunable=int(table["total"].sum()),
-        kept=int(table["kept"].sum()),
         macs=macs,
         sparse_macs=macs - int((table["macs"] - table["sparse_macs"]).sum()),
         bias_macs=products.biases,
         bytes=size,
         sparse_bytes=size - saved,
-        latency=median,
-        latency_spread=spread,
-        threads=threads if latency else None,
+        latency=_latency(model, inputs, seconds) if latency else None,
     )
 
 
-def cost_table(model: nn.Module, inputs: torch.Tensor) -> "pd.DataFrame":
+def cost_table(model: nn.Module, inputs: object) -> "pd.DataFrame":
     """List what each prunable layer costs.
 
     Args:
@@ -122,21 +110,18 @@ def cost_table(model: nn.Module, inputs: torch.Tensor) -> "pd.DataFrame":
 
 def _count_macs(model, inputs) -> "tuple[pd.DataFrame, _Products]":
     """Return the layer table with macs and sparse_macs for one input, and the products of the whole model."""
-    if not torch.is_tensor(inputs):
-        raise TypeError(f"inputs must be a tensor (N, ...), not {type(inputs).__name__}")
-    if inputs.ndim == 0 or len(inputs) == 0:
-        raise ValueError("inputs is empty: one input is needed to see the shapes")
-    weights, device = prunable_weights(model), device_of(model)
+    weights = prunable_weights(model)
     products = _Products(model, weights)
     with (
         torch.inference_mode(False),  # there composed operations would arrive whole
         torch.no_grad(),
-        torch.autocast(device.type, enabled=False),  # with it, copies of the weights would be multiplied
+        torch.autocast(device_of(model).type, enabled=False),  # with it, copies of the weights would be multiplied
         in_mode(model, training=False),
-        _plain_attention(),
-        products,
+        _plain_kernels(model),
     ):
-        model(inputs[:1].clone().to(device))
+        sample = inputs_of(inputs, model, most=1)
+        with products:
+            forward(model, sample)
     table = layer_table(model)
     names = table["layer"].map({layer_name(name): name for name in weights})
     added, dense, sparse = (names.map(n).astype(int) for n in (products.bias_of, products.dense_of, products.sparse_of))
@@ -145,15 +130,16 @@ def _count_macs(model, inputs) -> "tuple[pd.DataFrame, _Products]":
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Compute attention by plain matrix products: torch has no formula for the fused kernels of a CPU."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Compute attention and recurrence by plain matrix products: torch has no formulas for their fused kernels."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with contextlib.ExitStack() as undo, sdpa_kernel(SDPBackend.MATH):
+        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for library in (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ():
+            undo.callback(setattr, library, "enabled", library.enabled)
+            library.enabled = False
+        yield
 
 
 class _Products(TorchDispatchMode):
@@ -164,11 +150,11 @@ class _Products(TorchDispatchMode):
         self.total = self.biases = 0
         self.dense_of, self.sparse_of, self.bias_of = (dict.fromkeys(weights, 0) for _ in range(3))
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        biases = {name: parameters.get(name.removesuffix("weight") + "bias") for name in weights}
-        self._alive = []
+        self._alive = []  # what is in `_names` and not in the model, so that its memory is not used anew
         # by their memory, so that parts of a weight belong to it, and what is computed from it entry by entry
         self._names = {_memory(w): name for name, w in weights.items() if w.ndim > 1}
-        self._bias_names = {_memory(bias): name for name, bias in biases.items() if bias is not None}
+        biases = ((name, parameters.get(name.removesuffix("weight") + "bias")) for name in weights)
+        self._bias_names = {_memory(bias): name for name, bias in biases if bias is not None}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -190,7 +176,7 @@ class _Products(TorchDispatchMode):
             first = result[0] if isinstance(result, tuple | list) and result else result
             if torch.is_tensor(first) and first.numel() == weight.numel():  # such as a standardised weight
                 self._names[_memory(first)] = name
-                self._alive.append(first)  # so that its memory is not used anew
+                self._alive.append(first)
         if operation is aten.convolution and args[2] is not None:
             self._note_bias(args[2], result.numel())
         elif operation is aten.addmm and args[0].ndim == 1:
@@ -211,15 +197,12 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _latency(model, inputs, threads, seconds) -> tuple[float, float]:
-    """Median and interquartile range of the seconds of a forward pass of the whole batch."""
+def _latency(model, inputs, seconds) -> float:
+    """Return the median of the seconds of a forward pass of the whole batch."""
     from torch.utils import benchmark  # takes half a second to import
 
-    run = partial(model, inputs.to(device_of(model)))
-    timer = benchmark.Timer("run()", globals={"run": run}, num_threads=threads)  # waits for a GPU by itself
+    run = partial(forward, model, inputs_of(inputs, model))
+    timer = benchmark.Timer("run()", globals={"run": run})  # waits for a GPU by itself
     with torch.no_grad(), in_mode(model, training=False):
         timer.timeit(3)
-        measured = timer.blocked_autorange(min_run_time=seconds)
-        while len(measured.times) < 5:
-            (measured,) = benchmark.Measurement.merge([measured, timer.blocked_autorange(min_run_time=seconds)])
-    return measured.median, measured.iqr
+        return timer.blocked_autorange(min_run_time=seconds).median

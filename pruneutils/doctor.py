@@ -5,25 +5,20 @@ What is examined is never changed, not even a mask that is due to move.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ._checks import a_model
-from ._torch import device_of, hooked, in_mode, inputs_of, own_random_state
-from .masks import mask_of, replaced
+from ._checks import a_model, shapes
+from ._torch import device_of, forward, hooked, in_mode, inputs_of, own_random_state, take, unmaskable
+from .masks import held, mask_of
 from .model_utils import make_permanent
-from .target import layer_name, present_weights, prunable_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .target import find, layer_name, prunable_weights
 
 SEVERITIES = ("error", "warning", "note")  # wrong results, likely wrong results, good to know
 
@@ -40,19 +35,15 @@ class Finding:
 
 
 class Findings(list[Finding]):
-    """A list of findings, the worst first: empty, and so False, if all is well; a table in Jupyter."""
-
-    def table(self) -> "pd.DataFrame":
-        """Return a row per finding with the columns severity, what, where, call and check."""
-        import pandas as pd
-
-        return pd.DataFrame(self, columns=["severity", "what", "where", "call", "check"])
+    """A list of findings, the worst first, empty if all is well; a table in Jupyter and by `pd.DataFrame`."""
 
     def __repr__(self) -> str:
         return "\n".join(f"{f.severity}: {f.what} ({f.where}). {f.call}" for f in self) or "no findings"
 
     def _repr_html_(self) -> str:
-        return self.table().drop(columns="check").to_html(index=False) if self else "no findings"
+        import pandas as pd
+
+        return pd.DataFrame(self).drop(columns="check").to_html(index=False) if self else "no findings"
 
 
 @dataclass(frozen=True)
@@ -79,18 +70,14 @@ def checks(function: Callable[[Patient], Iterable[Finding]]) -> Callable[[Patien
 def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, data: object = None) -> Findings:
     """Examine a model for what makes pruning experiments go wrong without an error; nothing is changed.
 
-    Such as pruned weights that are not zero, zeros that no mask holds, masks whose parameter was replaced, and layers
-    and classes without a weight; with `optimizer`, parameters that it no longer shares with the model; with `data`,
-    batch-norm statistics that do not fit and kept weights without any effect.
-
     Args:
-        model: Any `nn.Module`.
-        optimizer: The optimizer that trains the model.
-        data: One (inputs, targets) batch or an iterable of them, or inputs (N, ...) alone; the first 128 samples count.
+        model: Any `nn.Module`, for pruned weights that live, zeros that no mask holds, and masks that do not fit.
+        optimizer: The optimizer that trains the model, for parameters that are not the model's any more.
+        data: One (inputs, targets) batch or an iterable of them, or inputs (N, ...) alone, of which 128 samples count;
+            for batch-norm statistics that do not fit, and kept weights without any effect.
 
     Returns:
-        The findings, the worst first; an empty list, which is False, if all is well. Each has `.what`, `.where`,
-        `.severity` ("error", "warning" or "note"), and what to `.call`.
+        The findings, the worst first; an empty list if all is well. See `Finding`.
 
     Example:
         >>> model = pu.models.create("lenet300")
@@ -102,29 +89,27 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, data
     """
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch Optimizer, not a {type(optimizer).__name__}")
-    weights = {name: weight for name, weight in present_weights(a_model(model)).items() if not weight.is_meta}
-    held = {name: mask_of(weight) for name, weight in weights.items()}
-    masks = {name: mask.keep.to(weights[name].device) for name, mask in held.items() if mask is not None}
+    present = find(dict(a_model(model).named_modules()))
+    weights = {name: weight for name, weight in present.items() if weight is not None and not unmaskable(weight)}
+    fitting = {name: mask for name, w in weights.items() if (mask := mask_of(w)) and not mask.misfit(w)}
+    masks = {name: mask.keep.to(weights[name].device) for name, mask in fitting.items()}
     inputs, found = None if data is None else inputs_of(data, model, most=128), []
     try:
         with in_mode(model, training=False):
-            model(inputs[:1]) if inputs is not None else None
+            forward(model, take(inputs, slice(1))) if inputs is not None else None
     except Exception as error:
-        what, inputs = f"the model does not run on inputs of shape {tuple(inputs.shape)}: {error}", None
+        what, inputs = f"the model does not run on inputs of {shapes(inputs)}: {error}", None
         found = [Finding("error", what, type(model).__name__, "look at layers whose shapes have changed", "broken")]
     patient = Patient(model, weights, masks, optimizer, inputs)
     found += [replace(finding, check=name) for name, looks_for in CHECKS.items() for finding in looks_for(patient)]
     return Findings(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-# --- The checks ------------------------------------------------------------------------------------------------------
-
-
 @checks
 def non_finite(patient: Patient) -> Iterator[Finding]:
     """Weights or statistics that are NaN or infinite make the outputs so."""
-    tensors = patient.model.state_dict(keep_vars=True)
-    bad = {name: _count(~tensor.isfinite()) for name, tensor in tensors.items() if not tensor.is_meta}
+    tensors = {name: t for name, t in patient.model.state_dict().items() if torch.is_tensor(t) and not unmaskable(t)}
+    bad = {name: _count(~tensor.isfinite()) for name, tensor in tensors.items()}
     yield from _found("error", bad, "{:,} values are NaN or infinite", "load an earlier state; train with a smaller lr")
 
 
@@ -147,13 +132,14 @@ def zeros_without_mask(patient: Patient) -> Iterator[Finding]:
 
 @checks
 def lost_masks(patient: Patient) -> Iterator[Finding]:
-    """A parameter with a mask was replaced by another one."""
-    for name, parameter, mask in replaced(dict(patient.model.named_modules())):
-        severity, call = "warning", "pu.hold(model) moves its mask; make the optimizer anew"
-        if parameter.shape != mask.keep.shape:
-            severity, call = "error", f"pu.set_masks(model, {{{name!r}: mask}}), or pu.make_permanent(model)"
-        shapes = f"{tuple(mask.keep.shape)} was replaced by one of shape {tuple(parameter.shape)}"
-        yield Finding(severity, f"a parameter with a mask of shape {shapes}", name, call)
+    """The mask fits nothing that is in its parameter's place, or the parameter was replaced by another one."""
+    for name, parameter, mask in held(dict(patient.model.named_modules())):
+        what, _, way = mask.misfit(parameter).partition("; ")
+        if what:
+            yield Finding("error", f"it has {what}", name, f"{way}, or give up the mask by pu.make_permanent(model)")
+        elif mask_of(parameter) is None:
+            call = "pu.hold(model) moves its mask; make the optimizer anew"
+            yield Finding("warning", "a parameter with a mask was replaced by another one", name, call)
 
 
 @checks
@@ -161,24 +147,19 @@ def foreign_optimizer(patient: Patient) -> Iterator[Finding]:
     """The optimizer updates other parameters than the model has now."""
     if patient.optimizer is None:
         return
-    own = {id(p): name for name, p in patient.model.named_parameters()}
-    held = {id(p) for group in patient.optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in patient.model.named_parameters() if p.requires_grad and id(p) not in held]
-    call = "make the optimizer anew from model.parameters(); after prune_filters, call pu.filters.rebind_optimizer"
-    if n_foreign := len(held - own.keys()):
-        what = f"{n_foreign} of the {len(held)} parameters that the optimizer holds are not the model's"
+    trained = {id(p) for group in patient.optimizer.param_groups for p in group["params"]}
+    if n_foreign := len(trained - set(map(id, patient.model.parameters()))):
+        call = "make the optimizer anew from model.parameters(); after prune_filters, call pu.filters.rebind_optimizer"
+        what = f"{n_foreign} of the {len(trained)} parameters that the optimizer holds are not the model's"
         yield Finding("error", what, type(patient.optimizer).__name__, call)
-    elif missing:
-        what = f"the optimizer does not train {len(missing)} of {len(own)} parameters that require a gradient"
-        yield Finding("warning", what, _listed(missing), call)
 
 
 @checks
 def stale_statistics(patient: Patient) -> Iterator[Finding]:
     """Batch norm normalises by other statistics than its inputs have, as after pruning without training."""
-    kind, stale = nn.modules.batchnorm._BatchNorm, {}
-    norms = {m: name for name, m in patient.model.named_modules() if isinstance(m, kind) and m.running_mean is not None}
-    norms = {m: name for m, name in norms.items() if m.num_batches_tracked != 0}
+    modules, stale = {module: name for name, module in patient.model.named_modules()}, {}
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in modules if isinstance(m, kind) and m.running_mean is not None and m.num_batches_tracked != 0]
 
     def measure(norm, args):
         values = args[0].movedim(1, 0).flatten(1).double()
@@ -187,11 +168,11 @@ def stale_statistics(patient: Patient) -> Iterator[Finding]:
             shift = (mean - norm.running_mean).abs() / (torch.maximum(norm.running_var, var) + norm.eps).sqrt()
             scale = ((var + norm.eps) / (norm.running_var + norm.eps)).log().abs() / 2
             # of a channel's mean in standard deviations, or the logarithm of the ratio of these
-            stale.setdefault(norms[norm], torch.maximum(shift, scale).clamp(max=3).mean() > 0.5)
+            stale.setdefault(modules[norm], torch.maximum(shift, scale).clamp(max=3).mean() > 0.5)
 
     if norms and patient.inputs is not None:
         with in_mode(patient.model, training=False), hooked(norms, measure):
-            patient.model(patient.inputs)
+            forward(patient.model, patient.inputs)
     yield from _found("warning", stale, "running statistics are not those of the data", "pu.recalibrate(model, data)")
 
 
@@ -211,10 +192,10 @@ def disconnected_paths(patient: Patient) -> Iterator[Finding]:
         return
     # not those that the architecture cuts off, such as the outer taps of a 3x3 kernel on a single pixel
     whole = make_permanent(copy.deepcopy(patient.model))
-    for weight in present_weights(whole).values():
+    for weight in prunable_weights(whole).values():
         weight.fill_(1)
     try:
-        dead, always_dead = (dead_weights(model, patient.inputs) for model in (patient.model, whole))
+        dead, always_dead = (dead_weights(model, (patient.inputs, None)) for model in (patient.model, whole))
     except RuntimeError:  # the model has numbers of one precision only
         return
     useful = {name: ~always_dead[name] & keep & (patient.weights[name] != 0) for name, keep in patient.masks.items()}
@@ -237,52 +218,11 @@ def pruned_classifier(patient: Patient) -> Iterator[Finding]:
     yield from _found("error", silent, "{} outputs of the last layer have no weight left", call)
 
 
-@checks
-def ties_at_the_cut(patient: Patient) -> Iterator[Finding]:
-    """Many kept weights have the very magnitude at which the pruned ones end: position has decided."""
-    if all(keep.all() for keep in patient.masks.values()):
-        return
-    kept = {name: patient.weights[name].abs().masked_fill(~keep, 0) for name, keep in patient.masks.items()}
-    cut = min(float(w.masked_fill(w == 0, math.inf).min()) for w in kept.values())
-    ties = {name: _count(magnitude == cut) for name, magnitude in kept.items()}
-    if sum(ties.values()) > max(10, 0.001 * sum(map(_count, patient.masks.values()))):
-        what = f"{{:,}} kept weights tie at the smallest magnitude, {cut:.3g}, so position may have decided"
-        yield from _found("note", ties, what, "prune by a criterion with finer scores, such as 'taylor' with data")
-
-
-@checks
-def tied_weights(patient: Patient) -> Iterator[Finding]:
-    """A weight with several names is pruned under all of them."""
-    parameters = list(patient.model.named_parameters(remove_duplicate=False))
-    for weight in patient.weights.values():
-        shared = [name for name, parameter in parameters if parameter is weight]
-        if len(shared) > 1:
-            call = f"if it is to stay whole: pu.prune(model, ..., exclude={layer_name(shared[0])!r})"
-            yield Finding("note", "one parameter, which is pruned under all of its names", " = ".join(shared), call)
-
-
-@checks
-def outside_every_mask(patient: Patient) -> Iterator[Finding]:
-    """The sparsity of a model says little if much of the model is outside of its masks."""
-    masked, parameters = {id(patient.weights[name]) for name in patient.masks}, dict(patient.model.named_parameters())
-    outside = {name: p.numel() for name, p in parameters.items() if id(p) not in masked and p.ndim > 1}
-    share = sum(outside.values()) / max(1, sum(p.numel() for p in parameters.values()))
-    if masked and share > 0.1:
-        where, what = _listed(sorted(outside, key=outside.get, reverse=True)), "parameters are outside of every mask"
-        yield Finding("note", f"{share:.0%} of the {what}", where, "pu.count(model) counts prunable weights alone")
-
-
-# --- What several checks need ----------------------------------------------------------------------------------------
-
-
 def _found(severity: str, counts: dict[str, int], what: str, call: str) -> Iterator[Finding]:
     """Yield a finding about those parameters whose count is not zero, if any; the sum goes into the text at {}."""
     if names := [layer_name(name) or name for name, n in counts.items() if n]:
-        yield Finding(severity, what.format(sum(counts.values())), _listed(names), call)
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        where = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        yield Finding(severity, what.format(sum(counts.values())), where, call)
 
 
 def _count(mask: torch.Tensor) -> int:
@@ -295,10 +235,9 @@ def _count(mask: torch.Tensor) -> int:
 def dead_weights(model: nn.Module, inputs: object) -> dict[str, torch.Tensor]:
     """Find the kept weights that cannot have any effect on the output.
 
-    No path of nonzero weights leads from the input through them to the output. As in SynFlow, the gradient of the
-    outputs is zero there, of a network in which nothing saturates: each nonzero parameter is replaced by a positive
-    random number, activations by lines, and max pooling by average pooling. What passes only through comparisons,
-    maxima, sorting or Python numbers is called dead too, though it may have an effect.
+    No path of nonzero weights leads through them. As in SynFlow, the outputs' gradient is zero there, with positive
+    random numbers for parameters, lines for activations, and means for max pooling. What passes only through
+    comparisons, maxima, sorting or Python numbers is called dead too.
 
     Args:
         model: Any `nn.Module` with prunable layers that computes in the precision of its weights, here float64.
@@ -323,18 +262,17 @@ def dead_weights(model: nn.Module, inputs: object) -> dict[str, torch.Tensor]:
         return F.normalize(numbers.flatten(1), p=1).view_as(tensor) if tensor.ndim > 1 else numbers
 
     x, weights = inputs_of(inputs, model, most=1), prunable_weights(model)
-    x = drawn(torch.ones_like(x)) if x.is_floating_point() else x
+    x = tree_map_only(torch.Tensor, lambda t: drawn(torch.ones_like(t)) if t.is_floating_point() else t, x)
     tensors = {name: b.double() if b.is_floating_point() else b for name, b in model.named_buffers()}
     tensors = {name: torch.ones_like(b) if name.endswith("running_var") else b for name, b in tensors.items()}
     parameters = {parameter: drawn(parameter).requires_grad_() for parameter in model.parameters()}
     tensors |= {name: parameters[p] for name, p in model.named_parameters(remove_duplicate=False)}
     with in_mode(model, training=False), own_random_state(device_of(model), 0), torch.enable_grad():
         with _NothingSaturates():
-            outputs = tree_leaves(torch.func.functional_call(model, tensors, (x,)))
+            run = lambda *args, **keywords: torch.func.functional_call(model, tensors, args, keywords)  # noqa: E731
+            outputs = tree_leaves(forward(run, x))
         outputs = [out.double() for out in outputs if torch.is_tensor(out) and out.requires_grad]
         flow = sum((out * drawn(torch.ones_like(out))).sum() for out in outputs)
-    if not outputs:
-        raise TypeError(f"{type(model).__name__} returns no tensor, and no tuple, list or dict of tensors")
     gradients = torch.autograd.grad(flow, [parameters[w] for w in weights.values()], materialize_grads=True)
     return {name: (gradient == 0) & (weights[name] != 0) for name, gradient in zip(weights, gradients)}
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from ._checks import a_model, a_path, nearest
 from ._files import tied_names, write_whole
+from ._torch import is_plain, unmaskable
 from .filters.slicing import replay
 from .model_utils import check_masks, get_masks, layer_name, make_permanent, revived, set_masks
 
@@ -32,47 +33,53 @@ _VERSION = 2
 _KINDS = {"shapes": dict, "tied": dict, "facts": dict, "recipe": dict | None, "removed": dict}  # of the JSON values
 
 
-def save(model: nn.Module, path: str | os.PathLike, *, dense: bool = False, **facts: Any) -> Path:
+def save(model: nn.Module, path: str | os.PathLike, **facts: Any) -> Path:
     """Save weights, buffers and masks of a model, and any facts, to one file that cannot run code.
 
     The file appears whole or not at all. For a model from `models.create` it holds the recipe: `load` needs no model.
+    For other programs, `safetensors.torch.save_model(model, path)` writes an ordinary state_dict, zeros and all.
 
     Args:
-        model: Any `nn.Module`.
+        model: Any `nn.Module`; what torch.compile and DataParallel have wrapped loads into the plain one.
         path: The file, usually *.safetensors; its folder is made if there is none.
-        dense: Write an ordinary state_dict instead, for any other program: zeros, no masks, tied weights repeated.
         **facts: What to remember with the model: names and JSON values.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If pruned weights are not zero. Nothing is written then.
+        ValueError: If pruned weights are not zero, or a tensor is sparse or without values. Nothing is written then.
 
     Example:
         >>> model = pu.models.create("lenet300")
         >>> pu.load(pu.save(model, "lenet300.safetensors", accuracy=0.97)).facts
         {'accuracy': 0.97}
     """
-    state, masks, path = a_model(model).state_dict(), {} if dense else get_masks(model), Path(a_path(path))
+    model, path = _unwrapped(a_model(model)), Path(a_path(path))
+    state, masks = model.state_dict(), get_masks(model)
     for name, value in facts.items():
         if not _is_json(value):
             raise TypeError(f"the fact {name!r} is {type(value).__name__} and no JSON value such as a number or text")
     for name, tensor in state.items():
         if not torch.is_tensor(tensor):
             raise ValueError(f"{name} in the state_dict is a {type(tensor).__name__}, and only tensors can be saved")
-    for name, n in (revived(model) if masks else {}).items():
+        if tensor.is_meta or not is_plain(tensor):
+            raise ValueError(f"{name} {unmaskable(tensor)}")
+        if tensor.is_quantized or tensor.dtype in (torch.complex32, torch.complex128):
+            raise ValueError(f"{name} holds {tensor.dtype}, which the format does not know; convert it first")
+        if name.rpartition("#")[0] in masks:
+            raise ValueError(f"{name}: a name with # belongs to the mask of {name.rpartition('#')[0]}; rename it")
+    for name, n in revived(model).items():
         way = "pu.hold(model) zeroes them again, pu.make_permanent(model) keeps them"
         raise ValueError(f"{layer_name(name)}: {n:,} pruned weights are not zero. {way}")
-    if lost := sorted(set(masks) - set(state)):
-        raise ValueError(f"{lost[0]} has a mask, and the state_dict of the model does not name it")
-    recipe = getattr(model, "recipe", None)
+    recipe, removed = getattr(model, "recipe", None), getattr(model, "removed", None)
     values = {
         "shapes": {name: list(mask.shape) for name, mask in masks.items()},
-        "tied": {} if dense else tied_names(state, masks),
+        "tied": tied_names(state, masks),
         "facts": facts,
-        "recipe": recipe if _is_json(recipe) else None,  # it may hold a class or a function
-        "removed": getattr(model, "removed", {}),
+        # they may be anything of the user's own, and a recipe may hold a class or a function
+        "recipe": recipe if isinstance(recipe, dict) and "name" in recipe and _is_json(recipe) else None,
+        "removed": removed if isinstance(removed, dict) and removed.keys() <= {*dict(model.named_modules())} else {},
     }
     tensors = {}
     for name, tensor in state.items():
@@ -83,9 +90,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, dense: bool = False, **fa
             tensors[f"{name}#kept"] = tensor[mask]
         elif name not in values["tied"]:
             tensors[name] = tensor.clone()  # two views of one memory, which safetensors refuses
-    texts = {"format": "pt", "facts": json.dumps(facts)}
-    if not dense:
-        texts = {"format": "pruneutils", "version": str(_VERSION)} | {k: json.dumps(v) for k, v in values.items()}
+    texts = {"format": "pruneutils", "version": str(_VERSION)} | {k: json.dumps(v) for k, v in values.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, safetensors.torch.save(tensors, texts | {"checksum": checksum(tensors, texts)}))
     return path
@@ -99,7 +104,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         model: One with the same names and shapes, whose masks are replaced; by default a new one, by the file's recipe.
 
     Returns:
-        The model. `model.facts` holds the facts.
+        The model. `model.facts` holds the facts, unless a layer or tensor of the model is called so.
 
     Raises:
         ValueError: If the file is damaged, not ours, has no recipe where it must, or does not fit (nothing changes).
@@ -108,24 +113,28 @@ def load(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         >>> pu.load(pu.save(torch.nn.Linear(3, 2), "layer.safetensors"), torch.nn.Linear(3, 2))
         Linear(in_features=3, out_features=2, bias=True)
     """
-    path, model = a_path(path), None if model is None else a_model(model)
+    path, given = a_path(path), None if model is None else a_model(model)
     try:
         tensors, masks, values = _read(path)
-        made = _follow(values, tensors) if model is None else model
+        model = _follow(values, tensors) if given is None else _unwrapped(given)
         # filters are removed from a copy first, so that a model that turns out not to fit keeps its own
-        tried = _cut(copy.deepcopy(made), values["removed"]) if values["removed"] else made
+        tried = _cut(copy.deepcopy(model), values["removed"]) if values["removed"] else model
         tensors = _fitted(tensors, tried.state_dict())
-        if masks:
-            check_masks(tried, masks)
+        check_masks(tried, masks)
     except OSError:
         raise
     except Exception as error:  # a file from a stranger can hold anything
         raise ValueError(f"{path}: {error}" if isinstance(error, ValueError) else f"{path}: {error!r}") from error
-    model = make_permanent(_cut(made, values["removed"]))
-    model.load_state_dict(tensors)
+    own = make_permanent(_cut(model, values["removed"])).state_dict()
+    for name, tensor in tensors.items():  # load_state_dict takes time quadratic in the layers that lie side by side
+        own[name].copy_(tensor)
+    if any(not torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items()):
+        model.load_state_dict(tensors)
     set_masks(model, masks)
-    model.facts = values["facts"]
-    return model
+    loaded = model if given is None else given
+    if isinstance(getattr(loaded, "facts", {}), dict):
+        loaded.facts = values["facts"]
+    return loaded
 
 
 def checksum(tensors: Tensors, texts: dict[str, str]) -> str:
@@ -193,7 +202,7 @@ def _filled(name, shape, bits, kept) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _follow(values, tensors) -> nn.Module:
     """Return a new model by the recipe, cut as the removed filters say, of the types that are stored."""
-    from .models.recipes import follow  # models may import this room
+    from .models.building import follow  # models may import this room
 
     if values["recipe"] is None:
         raise ValueError("has no recipe, since models.create did not make its model; give load a model")
@@ -208,13 +217,21 @@ def _follow(values, tensors) -> nn.Module:
     return model
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of torch.compile, DataParallel and the like, which hold nothing else."""
+    while model._modules.keys() in ({"module"}, {"_orig_mod"}) and not (model._parameters or model._buffers):
+        (model,) = model._modules.values()
+    return model
+
+
 def _cut(model: nn.Module, removed: dict) -> nn.Module:
     """Remove the filters that the saved model has lost, in place, unless this one has lost them too."""
     return replay(model, removed) if removed and getattr(model, "removed", None) != removed else model
 
 
 def _fitted(tensors: Tensors, own: Tensors) -> Tensors:
-    """Return the tensors in the types of the model's own; ValueError where names, shapes or kinds of numbers differ."""
+    """Return the tensors in the types of the model's own; ValueError where names, shapes or numbers do not fit."""
+    fitted = {}
     for name in sorted(set(own) ^ set(tensors)):
         lacking, others = ("file", tensors) if name in own else ("model", own)
         raise ValueError(f"the {lacking} lacks {name!r}; {nearest(name, others)}")
@@ -223,7 +240,10 @@ def _fitted(tensors: Tensors, own: Tensors) -> Tensors:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, in the model {tuple(own[name].shape)}")
         if tensor.dtype != own[name].dtype and not (tensor.is_floating_point() and own[name].is_floating_point()):
             raise ValueError(f"{name} is of type {tensor.dtype}, in the model of {own[name].dtype}")
+        fitted[name] = tensor.to(own[name].dtype)
+        if tensor.dtype != own[name].dtype and (tensor.double().isfinite() & ~fitted[name].double().isfinite()).any():
+            raise ValueError(f"{name} has numbers too large for {own[name].dtype}, the type that it has in the model")
     for name, other in tied_names(own, {}).items():  # one tensor with two names holds only one value
         if not torch.equal(tensors[name], tensors[other]):
             raise ValueError(f"{name} and {other} are one tensor in the model, and two in the file")
-    return {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
+    return fitted

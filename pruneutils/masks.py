@@ -11,7 +11,8 @@ What is true of every mask, whatever a program does with its models (tests/test_
 5. *Copies.* `copy.deepcopy` and pickle give the copied parameter a copy of the mask. After that the two are strangers.
 6. *Nobody else.* Only the parameters that a call names are written to, whatever models and optimizers are alive.
 7. *Replaced parameters.* If a module gets another parameter of the same shape, the mask is given to it at the next call
-   of this package. If the shape differs, that call raises a ValueError and changes nothing.
+   of this package. If nothing is there that the mask fits (another shape, a tensor on the meta device, sparse, sharded
+   or quantized, no parameter at all), that call raises a ValueError and changes nothing.
 8. *An ordinary model.* Class, parameters and `state_dict` keys are those of the unpruned model. When the masks are
    gone, nothing is left behind.
 
@@ -23,21 +24,23 @@ accumulated, around every optimizer step, and after `load_state_dict`.
 import functools
 import operator
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
-from ._torch import INTEGERS, zero_pruned
+from ._checks import callers_level
+from ._torch import INTEGERS, is_plain, unmaskable, zero_pruned
 
 Modules = Mapping[str, nn.Module]  # dict(model.named_modules())
+Tensors = Mapping[str, torch.Tensor]
 
 MASKS = WeakTensorKeyDictionary()  # parameter -> Mask
-_DENSE = WeakTensorKeyDictionary()  # parameters whose gradients are not masked
+DENSE = WeakTensorKeyDictionary()  # parameters whose gradients are not masked
 _N_CHANGES = [0]  # how often a mask has come, gone or changed
 _CLAIMS, _HOOK = "_pruneutils_masks", "_pruneutils_hook"  # the attributes that a module with masks has in addition
 
@@ -48,6 +51,7 @@ class Mask:
     """What is kept of one parameter."""
 
     def __init__(self, keep: torch.Tensor, original: torch.Tensor | None = None):
+        self._keep = self.always_kept = keep
         self.keep = keep
         self.original = original  # the weights that `restore` brings back
         self.masked_a_gradient = False
@@ -64,25 +68,43 @@ class Mask:
 
     @keep.setter
     def keep(self, keep: torch.Tensor) -> None:
+        if keep.shape != self._keep.shape:  # the parameter has another shape now
+            self.always_kept, self.original = keep, None
+        elif keep is not self.always_kept:  # what has ever been pruned, for optimizers that are seen later
+            always = self.always_kept.to(keep.device) & keep
+            self.always_kept = keep if torch.equal(always, keep) else always
         self._keep, self._factors = keep, {}
         _N_CHANGES[0] += 1
 
+    def misfit(self, parameter: torch.Tensor | None) -> str:
+        """Say why this cannot be the mask of what is in its parameter's place, and the way out; "" if it can."""
+        if parameter is None:
+            return "a mask and no parameter: a parametrization, flattening or del has taken it away; undo that"
+        if why := unmaskable(parameter):
+            return f"a mask and {why}"
+        given, own = tuple(parameter.shape), tuple(self.keep.shape)
+        return "" if given == own else f"shape {given}, and a mask of shape {own}; set another by pu.set_masks"
+
     def follow(self, parameter: nn.Parameter) -> None:
-        """Move to the parameter's device, unless that is "meta", where the mask would be lost."""
-        if parameter.device != self.keep.device and not parameter.is_meta:
+        """Move to the device of a parameter that fits."""
+        if parameter.device != self.keep.device and not self.misfit(parameter):
             self.keep = self.keep.to(parameter.device)
 
     def apply(self, parameter: nn.Parameter) -> None:
-        """Set what is pruned to +0.0, and its gradient too."""
-        self.follow(parameter)
-        if not parameter.is_meta:
+        """Set what is pruned to +0.0, and its gradient too, if the parameter fits."""
+        if not self.misfit(parameter):
+            self.follow(parameter)
             zero_pruned(parameter, self.keep)
             self.mask_gradient(parameter)
 
     def mask_gradient(self, parameter: nn.Parameter) -> None:
         """Zero the gradient of what is pruned: the hook that torch calls when a gradient has been accumulated."""
         gradient = parameter.grad
-        if gradient is None or gradient.is_sparse or parameter in _DENSE:
+        if gradient is None or gradient.layout != torch.strided or parameter in DENSE:
+            return
+        if gradient.shape != self.keep.shape:  # an error inside of backward would leave half of the gradients
+            shapes = f"{tuple(gradient.shape)} has a mask of shape {tuple(self.keep.shape)}"
+            warnings.warn(f"a parameter of shape {shapes}, so nothing holds it; see pu.check(model)", stacklevel=2)
             return
         self.masked_a_gradient = True
         if gradient.requires_grad or gradient.__class__ is not torch.Tensor:  # of backward(create_graph=True)
@@ -98,16 +120,13 @@ class Mask:
 
     def factor(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the mask as integers as wide as elements of `tensor`, whose bits times 0 are +0.0; None if useless."""
-        key = tensor.dtype, tensor.device, tensor.stride()
-        try:
-            return self._factors[key]
-        except KeyError:
-            width = tensor.element_size()
+        key, width = (tensor.dtype, tensor.device, tensor.stride()), tensor.element_size()
+        if key not in self._factors:
             expanded = any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride()))
             useful = width in INTEGERS and not expanded  # what is expanded cannot be written to one by one
             factor = torch.empty_like(tensor.data.view(INTEGERS[width])).copy_(self.keep) if useful else None
             self._factors[key] = factor
-            return factor
+        return self._factors[key]
 
 
 def mask_of(parameter: nn.Parameter) -> Mask | None:
@@ -120,23 +139,11 @@ def _put_in_force(parameter, mask) -> Mask:
     install_hooks()
     MASKS[parameter] = mask
     _N_CHANGES[0] += 1
-    if parameter.dtype.is_floating_point or parameter.dtype.is_complex:
-        trained = parameter.requires_grad
-        parameter.requires_grad_(True)  # a hook can be registered only then; it stays when the parameter is frozen
-        mask.gradient_hook = parameter.register_post_accumulate_grad_hook(mask.mask_gradient)
-        parameter.requires_grad_(trained)
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True)  # a hook can be registered only then; it stays when the parameter is frozen
+    mask.gradient_hook = parameter.register_post_accumulate_grad_hook(mask.mask_gradient)
+    parameter.requires_grad_(trained)
     return mask
-
-
-def set_dense_gradients(parameters: Iterable[nn.Parameter], dense: bool) -> list[nn.Parameter]:
-    """Leave the gradients of these parameters dense, or mask them again; return those for which this is new."""
-    changed = [parameter for parameter in parameters if (parameter in _DENSE) != dense]
-    for parameter in changed:
-        if dense:
-            _DENSE[parameter] = True
-        else:
-            del _DENSE[parameter]
-    return changed
 
 
 def gradients_masked(parameters: Iterable[nn.Parameter]) -> bool:
@@ -166,10 +173,11 @@ def _claim_of_a_copy(parameter, mask):
     return Claim(parameter, mask)
 
 
-def attach(
-    modules: Modules, masks: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor] | None = None
-) -> None:
+def attach(modules: Modules, masks: Tensors, originals: Mapping[str, torch.Tensor] = {}) -> None:
     """Give the named parameters these bool masks, unchecked and not copied, and what `restore` brings back."""
+    if masks and torch.__future__.get_swap_module_params_on_conversion():  # not of what has a weak reference
+        way = "masks need torch.__future__.set_swap_module_params_on_conversion(False)"
+        raise ValueError(f"{next(iter(masks))}: {way}")
     settle(modules, strict=False)
     attached = []
     for name, keep in masks.items():
@@ -179,7 +187,7 @@ def attach(
         if mask.keep is not keep:
             mask.keep = keep
         if mask.original is None:
-            mask.original = (originals or {}).get(name)
+            mask.original = originals.get(name)
         mask.apply(parameter)
         attached.append(parameter)
     settle(modules, strict=False)  # all modules that share these parameters claim their masks
@@ -187,34 +195,34 @@ def attach(
 
 
 def settle(modules: Modules, strict: bool = True) -> None:
-    """Let the modules hold the masks of their present parameters; ValueError (`strict`) where a shape has changed."""
-    for name, parameter, mask in replaced(modules) if strict else ():
-        if parameter.shape != mask.keep.shape:
-            shapes = f"shape {tuple(parameter.shape)}, while its mask has shape {tuple(mask.keep.shape)}"
-            way = f"give it a new mask by pu.set_masks(model, {{{name!r}: mask}}), or call pu.make_permanent(model)"
-            raise ValueError(f"{name} was replaced by a parameter of {shapes}; {way}")
+    """Let the modules hold the masks of their present parameters; ValueError (`strict`) where one does not fit."""
+    for name, parameter, mask in held(modules) if strict else ():
+        if what := mask.misfit(parameter):
+            raise ValueError(f"{name} has {what}, or give up the mask by pu.make_permanent(model)")
     for module in modules.values():
         _settle_module(module)
 
 
-def replaced(modules: Modules) -> Iterator[tuple[str, nn.Parameter, Mask]]:
-    """Yield (name, parameter, mask) of parameters without a mask that stand where one with this mask stood."""
+def held(modules: Modules) -> Iterator[tuple[str, nn.Parameter | None, Mask]]:
+    """Yield (name, parameter, mask) of what has a mask, and of what stands now, if anything, where a mask was held."""
     for layer, module in modules.items():
-        for attribute, claim in module.__dict__.get(_CLAIMS, {}).items():
-            parameter = module._parameters.get(attribute)
-            if parameter is not None and parameter not in MASKS:
-                yield _joined(layer, attribute), parameter, claim.mask
+        claims, parameters = module.__dict__.get(_CLAIMS, {}), dict(module._parameters.items())
+        for attribute in {**claims, **parameters}:
+            parameter = parameters.get(attribute)
+            mask = None if parameter is None else MASKS.get(parameter)
+            mask = claims[attribute].mask if mask is None and attribute in claims else mask
+            if mask is not None:
+                yield joined(layer, attribute), parameter, mask
 
 
 def _settle_module(module):
-    for _, parameter, old in replaced({"": module}):
-        if parameter.shape == old.keep.shape:
-            _put_in_force(parameter, Mask(old.keep, old.original)).apply(parameter)
-            _clear_states([parameter])
     claims = module.__dict__.get(_CLAIMS, {})
-    for attribute, parameter in module._parameters.items():
-        mask = None if parameter is None else MASKS.get(parameter)
-        if mask is None:
+    for attribute, parameter, mask in held({"": module}):
+        if parameter is not None and parameter not in MASKS and not mask.misfit(parameter):
+            mask = _put_in_force(parameter, Mask(mask.keep, mask.original))
+            mask.apply(parameter)
+            _clear_states([parameter])
+        if parameter is None or parameter not in MASKS:
             continue
         mask.follow(parameter)
         if not claims:
@@ -227,20 +235,19 @@ def _settle_module(module):
 def _after_loading(module, _incompatible_keys):
     """After load_state_dict: what is pruned stays pruned, also where `assign=True` has put new parameters in."""
     _settle_module(module)
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter in MASKS:
-            MASKS[parameter].apply(parameter)
+    for _, parameter, mask in held({"": module}):
+        mask.apply(parameter)
 
 
 def let_go(modules: Modules, parameters: Iterable[nn.Parameter] | None = None) -> list[str]:
-    """Take back the modules' claims (on `parameters`), and return the names of what others still hold masked."""
+    """Take back the modules' claims (on `parameters`); warn of what others hold masked still, and return its names."""
     settle(modules, strict=False)
     chosen, released = None if parameters is None else {id(p) for p in parameters}, {}
     for layer, module in modules.items():
         claims = module.__dict__.get(_CLAIMS, {})
         for attribute in list(claims):
             if chosen is None or id(module._parameters.get(attribute)) in chosen:
-                claim = released[_joined(layer, attribute)] = claims.pop(attribute)
+                claim = released[joined(layer, attribute)] = claims.pop(attribute)
                 claim.mask.claims.discard(claim)
         if not claims and _HOOK in module.__dict__:
             module.__dict__.pop(_HOOK).remove()
@@ -252,16 +259,14 @@ def let_go(modules: Modules, parameters: Iterable[nn.Parameter] | None = None) -
             _N_CHANGES[0] += 1
             if mask.gradient_hook is not None:
                 mask.gradient_hook.remove()
-    return [name for name, claim in released.items() if claim.mask.claims]
+    if shared := [name for name, claim in released.items() if claim.mask.claims]:
+        message = "shared with a pruned model outside of this one, and masked until that one is made permanent too"
+        warnings.warn(f"{', '.join(shared)}: {message}", stacklevel=callers_level())
+    return shared
 
 
-def claimed_elsewhere(modules: Modules, mask: Mask) -> bool:
-    """Tell whether a module that is not among these holds the mask."""
-    mine = {claim for module in modules.values() for claim in module.__dict__.get(_CLAIMS, {}).values()}
-    return not mine.issuperset(mask.claims)
-
-
-def _joined(layer, attribute) -> str:
+def joined(layer: str, attribute: str) -> str:
+    """Return the name of a module's parameter in the whole model."""
     return f"{layer}.{attribute}" if layer else attribute
 
 
@@ -284,25 +289,24 @@ class _Plan:
     """What the steps of one optimizer have to zero: looked up again only when a mask, a parameter or state changes."""
 
     def __init__(self):
-        self.n_changes, self.parameters, self.in_a_step = -1, [], False
+        self.n_changes, self.parameters = -1, []
 
     def refresh(self, optimizer):
+        """Look up what the next call of `zero` is about."""
         parameters = _parameters(optimizer)
         if self.n_changes != _N_CHANGES[0] or not _same(parameters, self.parameters):
             self.n_changes, self.parameters, self.values = _N_CHANGES[0], parameters, None
             self.masked = [(p, mask) for p in parameters if (mask := MASKS.get(p)) is not None]
         values = [each for p, _ in self.masked for each in (p, *_state(optimizer, p).values())]
         known = self.values is not None and _same(values, self.values)
-        if not known or any(t.data_ptr() != start or t.stride() != stride for t, start, stride in self.memory):
-            self.values = values
-            self._look_up(optimizer)
-
-    def _look_up(self, optimizer):
+        if known and all(t.data_ptr() == start and t.stride() == stride for t, start, stride in self.memory):
+            return
+        self.values = values
         self.bits, self.factors, self.memory, self.moments, self.second, self.tiny = [], [], [], [], [], []
         for parameter, mask in self.masked:
             state = _state(optimizer, parameter)
             for key, tensor in [("", parameter), *state.items()]:
-                if not _maskable(tensor, parameter) or (factor := mask.factor(tensor)) is None:
+                if not _maskable(tensor, mask) or (factor := mask.factor(tensor)) is None:
                     continue
                 # .data: autograd need not hear of zeros over zeros, and anything else the optimizer has announced
                 self.bits.append(tensor.data.view(factor.dtype))
@@ -325,7 +329,9 @@ def _plan_of(optimizer) -> _Plan:
         plan = optimizer.__dict__[_PLAN] = _Plan()
         with _LOCK:
             _OPTIMIZERS.add(optimizer)
-        _clear_state(optimizer, [parameter for parameter in _parameters(optimizer) if parameter in MASKS])
+        # what it knows may be older than the pruning of weights that are kept again
+        masks = {p: Mask(mask.always_kept) for p in _parameters(optimizer) if (mask := MASKS.get(p))}
+        _clear_state(optimizer, masks)
     return plan
 
 
@@ -335,9 +341,6 @@ def _before_step(optimizer, *_):
     if plan.n_changes != _N_CHANGES[0] or not plan.second:
         return
     if all(state.get("exp_avg_sq") is moment for state, moment in plan.moments):
-        if plan.in_a_step:  # the one before has not come to its end
-            plan.zero()
-        plan.in_a_step = True
         torch._foreach_add_(plan.second, plan.tiny)  # adds 0 to the bits of kept ones
 
 
@@ -346,7 +349,6 @@ def _after_step(optimizer, *_):
     plan = _plan_of(optimizer)
     plan.refresh(optimizer)
     plan.zero()
-    plan.in_a_step = False
 
 
 def _clear_states(parameters: Sequence[nn.Parameter]) -> None:
@@ -354,15 +356,15 @@ def _clear_states(parameters: Sequence[nn.Parameter]) -> None:
     with _LOCK:
         optimizers = list(_OPTIMIZERS)
     for optimizer in optimizers:
-        _clear_state(optimizer, parameters)
+        _clear_state(optimizer, {parameter: MASKS[parameter] for parameter in parameters})
 
 
-def _clear_state(optimizer, parameters):
-    for parameter in parameters:
+def _clear_state(optimizer, masks):
+    for parameter, mask in masks.items():
         for value in _state(optimizer, parameter).values():
-            if _maskable(value, parameter):
-                MASKS[parameter].zero(value)
-    if isinstance(optimizer, torch.optim.LBFGS) and any(p is q for p in parameters for q in optimizer._params):
+            if _maskable(value, mask):
+                mask.zero(value)
+    if isinstance(optimizer, torch.optim.LBFGS) and any(p in masks for p in optimizer._params):
         optimizer.state.clear()  # its directions lead through what is pruned now; the next step begins anew
 
 
@@ -380,7 +382,6 @@ def _state(optimizer, parameter) -> Mapping:
     return state if isinstance(state, Mapping) else {}
 
 
-def _maskable(value, parameter) -> bool:
+def _maskable(value, mask) -> bool:
     """Whether this is a number for every weight."""
-    fits = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-    return fits and value.layout == torch.strided and not is_traceable_wrapper_subclass(value)
+    return isinstance(value, torch.Tensor) and is_plain(value) and value.shape == mask.keep.shape

@@ -11,7 +11,8 @@ from torch import nn
 
 from ._checks import a_model, callers_level, masks_by_name, nearest
 from ._evaluation import accuracy as accuracy
-from .masks import attach, claimed_elsewhere, let_go, mask_of, set_dense_gradients
+from ._torch import unmaskable
+from .masks import DENSE, attach, let_go, mask_of
 from .target import Target, layer_name, prunable_weights
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Masks(MutableMapping, dict[str, torch.Tensor]):
         (266200, 26620, 0.9)
     """
 
-    # Masks in force are replaced and never written to, so those of a model are copied only when somebody takes one out:
-    # pruning needs no second copy. MutableMapping makes every method of a dict use the five that are defined here.
+    # Masks in force are copied only when somebody takes one out, so pruning needs no second copy.
+    # MutableMapping makes every method of a dict use the five that are defined here.
 
     def __init__(self, masks: Mapping[str, torch.Tensor] = {}, in_force: bool = False):
         super().__init__(masks)
@@ -76,7 +77,7 @@ class Masks(MutableMapping, dict[str, torch.Tensor]):
 
 @dataclass(frozen=True)
 class Count:
-    """How many prunable weights a model has, and how many of them are kept and pruned; see `count`."""
+    """How many prunable weights a model has, and how many of them are kept and pruned."""
 
     total: int
     kept: int
@@ -119,7 +120,8 @@ def get_masks(model: nn.Module) -> Masks:
 def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Put masks from anywhere on a model: from another model, a file, another library.
 
-    Weights that are not named keep their masks. Pruned weights become zero, kept weights stay as they are.
+    Weights that are not named keep their masks. A copy that was made before pruning knows of no mask; for an average
+    of weights, call `pu.set_masks(ema, pu.get_masks(model))`.
 
     Args:
         model: Any `nn.Module` with convolution or linear layers.
@@ -134,25 +136,20 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
         >>> pu.count(model)
         Count(2 of 3 kept, 1 pruned, sparsity 0.3333)
     """
-    attach_masks(model, check_masks(model, masks))
-
-
-def attach_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-    """Do what `set_masks` does with bool masks that fit for sure: they are neither checked nor copied."""
-    attach(dict(model.named_modules()), masks)
+    attach(dict(a_model(model).named_modules()), check_masks(model, masks))
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return copies of `masks` as bool tensors on the devices of the weights; ValueError if they do not fit `model`."""
-    weights, checked = prunable_weights(model), {}
-    bare = {_bare(name): name for name in weights}
+    weights, checked = prunable_weights(model) if masks else {}, {}
+    bare = {bare_name(name): name for name in weights}
     for given, mask in masks_by_name(masks).items():
-        name = given if given in weights else bare.get(_bare(str(given)))
+        name = given if given in weights else bare.get(bare_name(str(given)))
         if name is None:
             raise ValueError(f"no prunable weight is called {given!r}; {nearest(given, weights)}")
-        if name in checked:
-            raise ValueError(f"{name} is given two masks, one of them as {given!r}")
         weight = weights[name]
+        if why := unmaskable(weight):
+            raise ValueError(f"{name} {why}")
         if isinstance(mask, str) or mask is None:
             raise TypeError(f"{given}: a mask is a tensor of 0 and 1, not {mask!r:.80}")
         mask = torch.as_tensor(mask).detach()
@@ -161,11 +158,11 @@ def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str
         keep = mask.to(torch.bool, copy=True)
         if mask.dtype != torch.bool and not torch.equal(keep.to(mask), mask):
             raise ValueError(f"{name}: a mask holds only 0 and 1 (or False and True)")
-        checked[name] = keep if weight.is_meta else keep.to(weight.device)
+        checked[name] = keep.to(weight.device)
     return checked
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """Return a parameter's name without what torch.compile and DataParallel put before it."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
     return ".".join(parts[1:] if parts[0] == "module" else parts)
@@ -197,30 +194,17 @@ def hold(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def dense_gradients(model: nn.Module) -> Iterator[nn.Module]:
-    """Let backward passes inside the `with` block compute the gradients of pruned weights too.
+    """Let backward passes inside the `with` block compute the gradients of pruned weights too, for methods like RigL.
 
-    Methods that decide which weights come back need them (RigL). Pruned weights stay zero all the same, except inside
-    the steps of optimizers that evaluate the model several times, such as LBFGS.
-
-    Args:
-        model: Any `nn.Module` with convolution or linear layers.
-
-    Yields:
-        The model.
-
-    Example:
-        >>> model = torch.nn.Linear(3, 1)
-        >>> pu.set_masks(model, {"weight": torch.tensor([[1, 0, 1]])})
-        >>> with pu.model_utils.dense_gradients(model):
-        ...     model(torch.ones(1, 3)).sum().backward()
-        >>> model.weight.grad
-        tensor([[1., 1., 1.]])
+    Pruned weights stay zero, except inside the steps of optimizers that evaluate the model several times (LBFGS).
     """
-    changed = set_dense_gradients(Target.of(model, strict=False).prunable.values(), True)
+    masked = [weight for weight in Target.of(model, strict=False).prunable.values() if weight not in DENSE]
+    DENSE.update(dict.fromkeys(masked, True))
     try:
         yield model
     finally:
-        set_dense_gradients(changed, False)
+        for weight in masked:
+            del DENSE[weight]
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
@@ -241,9 +225,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
         >>> len(pu.get_masks(pu.make_permanent(model))), pu.count(model).kept
         (0, 26620)
     """
-    if shared := let_go(dict(a_model(model).named_modules())):
-        message = "shared with a pruned model outside of this one, and masked until that one is made permanent too"
-        warnings.warn(f"{', '.join(shared)}: {message}", stacklevel=callers_level())
+    let_go(dict(a_model(model).named_modules()))
     return model
 
 
@@ -252,13 +234,14 @@ def restore(model: nn.Module) -> nn.Module:
     """Bring back the weights from before the first `prune(..., restorable=True)`, and remove their masks.
 
     Args:
-        model: A model that was pruned with `restorable=True`; layers that were pruned without it keep their masks.
+        model: A model so pruned. Layers that were pruned otherwise keep their masks, and so do weights that a pruned
+            model outside of this one shares, with a warning.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If no such weights are kept, or if one is shared with another pruned model. Nothing is changed then.
+        ValueError: If no such weights are kept.
 
     Example:
         >>> model = pu.models.create("lenet300")
@@ -267,16 +250,12 @@ def restore(model: nn.Module) -> nn.Module:
         0
     """
     target = Target.of(model, strict=False)
-    masks = {name: mask_of(target.prunable[name]) for name in target.masks}
-    kept = {name: mask.original for name, mask in masks.items() if mask.original is not None}
+    kept = {name: old for name in target.masks if (old := mask_of(target.prunable[name]).original) is not None}
     if not kept:
         raise ValueError("there are no weights to restore; they are kept by prune(..., restorable=True)")
-    if shared := [name for name in kept if claimed_elsewhere(target.modules, masks[name])]:
-        way = "shared with a pruned model outside of this one; remove that one's masks first, by pu.make_permanent"
-        raise ValueError(f"{', '.join(shared)}: {way}")
-    let_go(target.modules, [target.prunable[name] for name in kept])
-    for name, original in kept.items():
-        target.prunable[name].copy_(original)
+    shared = let_go(target.modules, [target.prunable[name] for name in kept])
+    for name in kept.keys() - set(shared):
+        target.prunable[name].copy_(kept[name])
     return model
 
 
@@ -288,7 +267,7 @@ def revived(model: nn.Module, target: Target | None = None) -> dict[str, int]:
     target, found = target or Target.of(model, strict=False), {}
     for name, keep in target.masks.items():
         weight = target.prunable[name].detach()
-        if not weight.is_meta and (n := int((weight != 0).logical_and_(~keep).count_nonzero())):
+        if n := int((weight != 0).logical_and_(~keep).count_nonzero()):
             found[name] = n
     return found
 
@@ -298,10 +277,13 @@ def _kept(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
     target, layers = Target.of(model, strict=False), {}
     alive = revived(model, target)
     for name, weight in (target.prunable or prunable_weights(model)).items():  # which raises where there are none
+        values = weight.detach() if weight.layout == torch.strided else weight.detach().to_dense()
+        if why := unmaskable(values):
+            raise ValueError(f"{name} {why}")
         if name in target.masks:
             kept = int(target.masks[name].count_nonzero()) + alive.get(name, 0)
         else:  # in a model without any mask, zeros count as pruned
-            kept = weight.numel() if target.masks or weight.is_meta else int(weight.detach().count_nonzero())
+            kept = weight.numel() if target.masks else int(values.count_nonzero())
         layers[name] = weight, kept
     if alive:
         each = ", ".join(f"{layer_name(name)}: {n:,}" for name, n in alive.items())
@@ -323,7 +305,7 @@ def count(model: nn.Module) -> Count:
         `.total`, `.kept` and `.pruned` as Python ints, and `.sparsity`, a fraction in [0, 1].
 
     Raises:
-        ValueError: If the model has nothing to prune, or a masked parameter was replaced by one of another shape.
+        ValueError: If the model has nothing to prune, or a parameter without values, or without the shape of its mask.
 
     Warns:
         RevivedWeightsWarning: If pruned weights are not zero. They count as kept; `hold` zeroes them again.

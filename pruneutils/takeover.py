@@ -1,19 +1,18 @@
 """Masks that other libraries have left in a model become masks of this one."""
 
-from collections import Counter
-
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from .masks import joined
 from .model_utils import Masks, get_masks, set_masks
-from .target import prunable_names
+from .target import find
 
 
 def take_over(model: nn.Module) -> Masks:
     """Turn what torch.nn.utils.prune has pruned into masks of this package, in place.
 
-    Its `weight_orig` and `weight_mask` become an ordinary `weight` with a mask; the parameter stays the same object.
+    The parameter stays the same object, an ordinary `weight`; other layers that share it are pruned too.
 
     Args:
         model: A model with layers that torch.nn.utils.prune has pruned, by whatever method.
@@ -30,21 +29,20 @@ def take_over(model: nn.Module) -> Masks:
         >>> pu.takeover.take_over(layer)
         Masks(1 weights, 4 of 8 kept, sparsity 0.5000)
     """
+    modules = dict(model.named_modules())
     found = {
-        f"{layer}.{hook._tensor_name}" if layer else hook._tensor_name: (module, hook._tensor_name)
-        for layer, module in model.named_modules()
+        joined(layer, hook._tensor_name): (module, hook._tensor_name)
+        for layer, module in modules.items()
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, torch_prune.BasePruningMethod)
     }
     if not found:
         raise ValueError(f"torch.nn.utils.prune has pruned nothing in {type(model).__name__}")
     masks = {name: getattr(module, f"{attribute}_mask") for name, (module, attribute) in found.items()}
-    prunable, owners = prunable_names(model), Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name, (module, attribute) in found.items():
+    prunable = find(modules)
+    for name, (module, _) in found.items():
         if name not in prunable:
             raise ValueError(f"{name} of {type(module).__name__} is not prunable here; pu.prunable makes it so")
-        if owners[id(getattr(module, f"{attribute}_orig"))] > 1:
-            raise ValueError(f"{name} is shared with another layer, which would be pruned too; untie the two first")
         if not torch.equal(masks[name].bool().to(masks[name]), masks[name]):
             raise ValueError(f"{name}: its mask holds numbers other than 0 and 1")
     for module, attribute in found.values():

@@ -4,17 +4,19 @@ import fnmatch
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ._checks import a_model, callers_level, nearest
-from .masks import mask_of, settle
+from ._torch import unmaskable
+from .masks import Modules, joined, mask_of, settle
 
-Modules = Mapping[str, nn.Module]  # dict(model.named_modules())
+Parts = Mapping[str, Sequence[str]]  # {name or glob of a parameter: a label for each of the layers that it holds}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Rule:
 
     parameters: tuple[str, ...]  # names or globs
     transposed: bool = False  # (in, out, ...) instead of (out, in, ...)
-    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by name or glob: layers stacked along dim 0
+    parts: Parts = field(default_factory=dict)  # layers one after the other along dim 0
+    stack: bool = False  # (n, out, in): a layer in each matrix
 
 
 RULES: dict[type | str, Rule] = {
@@ -35,7 +38,7 @@ RULES: dict[type | str, Rule] = {
 
 
 def prunable(
-    kind: type[nn.Module] | str, *parameters: str, transposed: bool = False, parts: Mapping[str, Sequence[str]] = {}
+    kind: type | str, *parameters: str, transposed: bool = False, parts: Parts | None = None, stack: bool = False
 ) -> None:
     """Say which parameters of a module type are prunable, from now on and in every model.
 
@@ -47,7 +50,7 @@ def prunable(
         *parameters: Names or globs of its parameters; without any, nothing of this type is prunable.
         transposed: Whether the weights are (in, out) and not (out, in). Such weights are pruned one by one only.
         parts: {name or glob: labels} of weights that hold several layers along their first dimension, a label for each.
-            These compete as layers of their own in `scope="layer"` and "erk".
+        stack: Whether weights are stacks of matrices (n, out, in), each a layer of its own, such as those of experts.
 
     Example:
         >>> pu.prunable(torch.nn.Embedding, "weight")
@@ -56,7 +59,7 @@ def prunable(
     """
     if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise TypeError(f"kind must be a module type or its full name, not {kind!r}")
-    RULES[kind] = Rule(parameters, transposed, dict(parts))
+    RULES[kind] = Rule(parameters, transposed, dict(parts or {}), stack)
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -69,9 +72,6 @@ def rule_of(module: nn.Module) -> Rule | None:
 def is_transposed(module: nn.Module) -> bool:
     """Return whether the weights of a module are (in, out, ...), as those of transposed convolutions are."""
     return getattr(module, "transposed", False) or rule_of(module).transposed
-
-
-# --- The carried object ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -88,31 +88,31 @@ class Target:
     def of(cls, model: nn.Module, exclude: str | Iterable[str] = (), strict: bool = True) -> "Target":
         """Look up the weights of a model; everything wrong with them raises here, unless `strict` is off."""
         modules = dict(a_model(model).named_modules())
-        found = _find(modules)
+        found = find(modules)
         weights = _without(found, exclude, modules) if strict else found
-        if strict and (computed := [name for name, weight in weights.items() if weight is None]):
-            raise _computed_error(computed[0])
         settle(modules)
+        for name, weight in weights.items() if strict else ():
+            if weight is None:
+                raise _computed_error(name)
+            if why := unmaskable(weight):
+                raise ValueError(f"{name} {why}")
         prunable = {name: weight for name, weight in found.items() if weight is not None}
-        held = {name: mask_of(weight) for name, weight in prunable.items()}
-        masks = {name: mask.keep for name, mask in held.items() if mask is not None}
+        masks = {name: mask.keep for name, weight in prunable.items() if (mask := mask_of(weight)) is not None}
         return cls(model, modules, prunable, {name: prunable[name] for name in prunable if name in weights}, masks)
 
     def module(self, name: str) -> nn.Module:
         """Return the module that a parameter belongs to."""
         return self.modules[name.rpartition(".")[0]]
 
-    def is_transposed(self, name: str) -> bool:
-        """Return whether a weight is (in, out, ...)."""
-        return is_transposed(self.module(name))
-
     def split(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Split tensors of weights that hold several layers into views: "in_proj_weight" to "in_proj_weight[q]", ..."""
         parts = {}
         for name, tensor in tensors.items():
-            attribute, stacked = name.rpartition(".")[2], rule_of(self.module(name)).parts
-            labels = next((each for glob, each in stacked.items() if fnmatch.fnmatchcase(attribute, glob)), ())
-            if labels and len(tensor) % len(labels) == 0:
+            attribute, rule = name.rpartition(".")[2], rule_of(self.module(name))
+            labels = next((each for glob, each in rule.parts.items() if fnmatch.fnmatchcase(attribute, glob)), ())
+            if rule.stack and tensor.ndim == 3:
+                parts |= {f"{name}[{number}]": matrix for number, matrix in enumerate(tensor)}
+            elif labels and len(tensor) % len(labels) == 0:
                 parts |= {f"{name}[{label}]": view for label, view in zip(labels, tensor.chunk(len(labels)))}
             else:
                 parts[name] = tensor
@@ -123,7 +123,10 @@ class Target:
         pieces = defaultdict(list)
         for part, tensor in parts.items():
             pieces[part if part in self.prunable else part.rpartition("[")[0]].append(tensor)
-        return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in pieces.items()}
+        for name, found in pieces.items():
+            stacked = found[0].ndim < self.prunable[name].ndim
+            pieces[name] = torch.stack(found) if stacked else torch.cat(found) if len(found) > 1 else found[0]
+        return dict(pieces)
 
 
 def prunable_weights(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -145,55 +148,37 @@ def prunable_weights(model: nn.Module, exclude: str | Iterable[str] = ()) -> dic
         {'fc1.weight': (300, 784), 'fc2.weight': (100, 300)}
     """
     modules = dict(a_model(model).named_modules())
-    found = _without(_find(modules), exclude, modules)
+    found = _without(find(modules), exclude, modules)
     weights = {name: weight for name, weight in found.items() if weight is not None}
     if not weights:
         raise _computed_error(next(iter(found)))
     return weights
 
 
-def _prunable_parameters(modules: Modules) -> Iterator[tuple[str, nn.Parameter | None]]:
-    """Yield (name, parameter) in module order, shared ones every time; None for one that is computed."""
+def find(modules: Modules) -> dict[str, nn.Parameter | None]:
+    """Return the prunable weights in module order, shared ones once, None for those that are computed."""
+    found, seen = {}, set()
     for layer, module in modules.items():
         rule = rule_of(module)
         for pattern in rule.parameters if rule else ():
             names = fnmatch.filter(module._parameters, pattern)
             if pattern in getattr(module, "parametrizations", ()) or (not names and pattern in module.__dict__):
-                yield f"{layer}.{pattern}" if layer else pattern, None  # not looked at: that may compute something
+                found[joined(layer, pattern)] = None  # not looked at: that may compute something
             for name in names:
-                weight = module._parameters[name]
-                if weight is not None and 0 not in weight.shape:
-                    yield f"{layer}.{name}" if layer else name, weight
-
-
-def present_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what `prunable_weights` does, but empty if there is nothing to prune."""
-    return {name: weight for name, weight in _find(dict(model.named_modules())).items() if weight is not None}
-
-
-def prunable_names(model: nn.Module) -> set[str]:
-    """Return every name of every prunable weight, computed ones included."""
-    return {name for name, _ in _prunable_parameters(dict(model.named_modules()))}
-
-
-def _find(modules) -> dict[str, nn.Parameter | None]:
-    """Return the prunable weights by their first names, None for computed ones."""
-    found, seen = {}, set()
-    for name, weight in _prunable_parameters(modules):
-        if id(weight) not in seen:
-            found[name] = weight
-        if weight is not None:
-            seen.add(id(weight))
+                weight, name = module._parameters[name], joined(layer, name)
+                if is_lazy(weight):
+                    raise ValueError(f"{name} has no shape yet; run the model on a batch first")
+                if weight is not None and 0 not in weight.shape and id(weight) not in seen:
+                    seen.add(id(weight))
+                    found[name] = weight
     return found
 
 
 def _without(found, exclude, modules) -> dict[str, nn.Parameter | None]:
     """Leave out what `exclude` names; ValueError if nothing is prunable or nothing is left."""
     if not found:
-        kind = type(modules[""]).__name__
-        raise ValueError(f"{kind} has nothing to prune, such as a linear layer; pu.prunable makes others prunable")
-    single = isinstance(exclude, (str, nn.Module)) or not isinstance(exclude, Iterable)
-    patterns = [exclude] if single else list(exclude)
+        raise ValueError(f"{type(modules['']).__name__} {_no_layers(modules)}")
+    patterns = [exclude] if isinstance(exclude, str) or not isinstance(exclude, Iterable) else list(exclude)
     if not patterns:
         return found
     names = {id(weight): [name] for name, weight in found.items() if weight is not None}
@@ -204,6 +189,15 @@ def _without(found, exclude, modules) -> dict[str, nn.Parameter | None]:
     if not left:
         raise ValueError(f"exclude={exclude!r} leaves nothing to prune")
     return left
+
+
+def _no_layers(modules) -> str:
+    """Say why nothing is prunable, and the way out."""
+    if isinstance(modules[""], torch.jit.ScriptModule):
+        return "is compiled by torch.jit, which hides its layers; prune the model before it is scripted or traced"
+    if quantized := [name for name, module in modules.items() if ".quantized." in type(module).__module__]:
+        return f"has quantized layers only, such as {quantized[0]!r}; prune the model before it is quantized"
+    return "has nothing to prune, such as a linear layer; pu.prunable makes others prunable"
 
 
 def _computed_error(name) -> ValueError:
@@ -241,9 +235,6 @@ def _fits(name, pattern) -> bool:
     return pattern in known or any(fnmatch.fnmatchcase(each, pattern) for each in known - {""})
 
 
-# --- What is unprunable ----------------------------------------------------------------------------------------------
-
-
 class LeftOutWarning(UserWarning):
     """A large share of the parameters is in layers that are not prunable, or is pruned under a second name."""
 
@@ -252,7 +243,7 @@ _warned = weakref.WeakSet()  # models
 
 
 def warn_unprunable(target: Target) -> None:
-    """Warn, once for each model, of matrices that are not prunable and of weights that are embeddings too."""
+    """Warn, once for each model, of matrices that are not prunable, and of weights that are something else too."""
     if target.model in _warned:
         return
     known = {id(weight) for weight in target.prunable.values()}
@@ -262,7 +253,7 @@ def warn_unprunable(target: Target) -> None:
         if isinstance(module, ParametrizationList) or rule_of(module):
             continue
         for attribute, parameter in module._parameters.items():
-            name, kind = f"{layer}.{attribute}" if layer else attribute, type(module).__name__
+            name, kind = joined(layer, attribute), type(module).__name__
             if id(parameter) in chosen:
                 own = chosen[id(parameter)]
                 reports.append(f"{own} is {name} of {kind} too: exclude={layer_name(own)!r} leaves both alone")
@@ -274,6 +265,9 @@ def warn_unprunable(target: Target) -> None:
     if share >= 0.01:
         each = ", ".join(f"{kind} {n:,} (such as {examples[kind]})" for kind, n in kinds.items())
         reports.insert(0, f"{share:.0%} of the parameters are not prunable: {each}; see pu.prunable")
+    adapters = [name for name in target.weights if "lora_" in name]
+    if 0 < len(adapters) < len(target.weights):
+        reports.append(f"{len(adapters)} LoRA adapters are pruned too, such as {adapters[0]}: exclude='*lora_*'")
     if reports:
         warnings.warn("; ".join(reports), LeftOutWarning, stacklevel=callers_level())
     _warned.add(target.model)

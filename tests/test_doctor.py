@@ -18,15 +18,8 @@ from pruneutils.masks import mask_of
 def net(seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(128, 32),
-            nn.ReLU(),
-            nn.Linear(32, 5),
-        )
+        layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 32), nn.ReLU()
+        return nn.Sequential(*layers, nn.Linear(32, 5))
 
 
 def samples(n=64, seed=0):
@@ -47,26 +40,30 @@ def names(findings):
     return {finding.check for finding in findings}
 
 
-# --- Twelve sick models: what is done to a healthy one, the check that finds it, how bad, where, and what to call -----
+# --- Sick models: what is done to a healthy one, the check that finds it, how bad, where, and what to call -----
 
 
-def write_to_pruned_weights(model, optimizer):
-    with torch.no_grad():
-        model[4].weight += 0.1
+def replace(layer, weight):
+    """Replace a weight; the optimizer knows of it."""
+
+    def harm(model, optimizer):
+        model[layer].weight = nn.Parameter(weight)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+
+    return harm
 
 
-def prune_by_hand(model, optimizer):
-    pu.make_permanent(model)
+def prune_more(name, *positions):
+    def harm(model, optimizer):
+        keep = pu.get_masks(model)
+        keep[name][positions] = False
+        pu.set_masks(model, keep)
+
+    return harm
 
 
-def replace_by_the_same_shape(model, optimizer):
-    model[4].weight = nn.Parameter(torch.ones(32, 128))
-    optimizer.param_groups[0]["params"] = list(model.parameters())
-
-
-def replace_by_another_shape(model, optimizer):
-    model[6].weight = nn.Parameter(torch.randn(7, 32))
-    optimizer.param_groups[0]["params"] = list(model.parameters())
+def write_to_pruned_weights(model, optimizer=None):
+    model[4].weight.data += 0.1
 
 
 def exchange_a_layer(model, optimizer):
@@ -77,68 +74,32 @@ def shift_the_statistics(model, optimizer):
     model[1].running_mean += 2 * model[1].running_var.sqrt()
 
 
-def empty_a_layer(model, optimizer):
-    pu.set_masks(model, {"4.weight": torch.zeros(32, 128)})
-
-
-def cut_the_paths(model, optimizer):
-    keep = pu.get_masks(model)
-    keep["6.weight"][:, :16] = False  # nothing reads half of the hidden units
-    pu.set_masks(model, keep)
-
-
-def tie_at_the_cut(model, optimizer):
-    with torch.no_grad():
-        model[4].weight.copy_(model[4].weight.sign() * 1e-3)
-
-
-def silence_a_class(model, optimizer):
-    keep = pu.get_masks(model)
-    keep["6.weight"][3] = False
-    pu.set_masks(model, keep)
-
-
-def tie_two_weights(model, optimizer):
-    model.add_module("decoder", nn.Linear(128, 32))
-    model.decoder.weight = model[4].weight
-    model.decoder.forward = lambda x: x
-    optimizer.param_groups[0]["params"] = list(model.parameters())
-
-
 def break_a_weight(model, optimizer):
     model[4].bias.data[2] = float("nan")
 
 
-def leave_much_outside(model, optimizer):
-    model.add_module("embedding", nn.Embedding(1000, 8))
-    model.embedding.forward = lambda x: x
-    optimizer.param_groups[0]["params"] = list(model.parameters())
-
-
 SICK = [
     (write_to_pruned_weights, "revived_weights", "error", "4", "pu.hold"),
-    (prune_by_hand, "zeros_without_mask", "warning", "0, 4, 6", "pu.set_masks"),
-    (replace_by_the_same_shape, "lost_masks", "warning", "4.weight", "pu.hold"),
-    (replace_by_another_shape, "lost_masks", "error", "6.weight", "pu.set_masks"),
+    (lambda model, _: pu.make_permanent(model), "zeros_without_mask", "warning", "0, 4, 6", "pu.set_masks"),
+    (replace(4, torch.ones(32, 128)), "lost_masks", "warning", "4.weight", "pu.hold"),
+    (replace(6, torch.ones(7, 32)), "lost_masks", "error", "6.weight", "pu.set_masks"),
     (exchange_a_layer, "foreign_optimizer", "error", "Adam", "make the optimizer anew"),
     (shift_the_statistics, "stale_statistics", "warning", "1", "pu.recalibrate"),
-    (empty_a_layer, "empty_layers", "error", "4", "scope='layer'"),
-    (cut_the_paths, "disconnected_paths", "warning", "4", "pu.dead_weights"),
-    (tie_at_the_cut, "ties_at_the_cut", "note", "4", "finer scores"),
-    (silence_a_class, "pruned_classifier", "error", "6", "exclude='6'"),
-    (tie_two_weights, "tied_weights", "note", "4.weight = decoder.weight", "exclude='4'"),
+    (prune_more("4.weight"), "empty_layers", "error", "4", "scope='layer'"),
+    # nothing reads half of the hidden units
+    (prune_more("6.weight", slice(None), slice(16)), "disconnected_paths", "warning", "4", "pu.dead_weights"),
+    (prune_more("6.weight", 3), "pruned_classifier", "error", "6", "exclude='6'"),
     (break_a_weight, "non_finite", "error", "4.bias", "smaller lr"),
-    (leave_much_outside, "outside_every_mask", "note", "embedding.weight", "pu.count"),
 ]
 
 
-@pytest.mark.parametrize(("harm", "name", "severity", "where", "call"), SICK, ids=[row[0].__name__ for row in SICK])
+@pytest.mark.parametrize(("harm", "name", "severity", "where", "call"), SICK)
 def test_every_sickness_is_found_by_name(harm, name, severity, where, call):
     model, optimizer = trained()
     assert not pu.check(model, optimizer, samples())
     harm(model, optimizer)
     state, grads = copy.deepcopy(model.state_dict()), [p.grad for p in model.parameters()]
-    held = {key: None if mask is None else mask.keep for key, mask in masks_of(model).items()}
+    held = [getattr(mask_of(p), "keep", None) for p in model.parameters()]
     findings = pu.check(model, optimizer, samples())
     found = [finding for finding in findings if finding.check == name]
     assert found and all(call in each.call for each in found), findings
@@ -146,14 +107,9 @@ def test_every_sickness_is_found_by_name(harm, name, severity, where, call):
     order = [doctor.SEVERITIES.index(each.severity) for each in findings]
     assert order == sorted(order)
     # nothing was changed, not even a mask that will move
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, state[key]) or not value.isfinite().all(), key
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0, equal_nan=True)
     assert all(p.grad is grad for p, grad in zip(model.parameters(), grads))
-    assert all((None if mask is None else mask.keep) is held[key] for key, mask in masks_of(model).items())
-
-
-def masks_of(model):
-    return {name: mask_of(parameter) for name, parameter in model.named_parameters()}
+    assert all(getattr(mask_of(p), "keep", None) is keep for p, keep in zip(model.parameters(), held))
 
 
 @pytest.mark.parametrize("name", ["lenet300", "lenet5", "vgg16_bn", "resnet20", "mobilenet_v1"])
@@ -194,41 +150,20 @@ def test_taps_that_only_ever_meet_padding_are_no_cut_paths():
 
 
 def test_findings_are_a_table_in_jupyter_and_text_elsewhere():
-    model, optimizer = trained()
+    model, _ = trained()
     healthy = pu.check(model)
-    assert repr(healthy) == healthy._repr_html_() == "no findings" and healthy.table().empty
-    write_to_pruned_weights(model, optimizer)
+    assert repr(healthy) == healthy._repr_html_() == "no findings"
+    write_to_pruned_weights(model)
     findings = pu.check(model)
-    table = findings.table()
-    assert isinstance(table, pd.DataFrame) and list(table) == ["severity", "what", "where", "call", "check"]
-    assert "<table" in findings._repr_html_() and table.call[0].replace("&", "") in findings._repr_html_()
+    assert list(pd.DataFrame(findings)) == ["severity", "what", "where", "call", "check"]
+    assert "<table" in findings._repr_html_() and "pu.hold(model)" in findings._repr_html_()
     assert repr(findings).startswith("error: 2,") and "pu.hold(model)" in repr(findings)
-
-
-def test_an_optimizer_that_leaves_parameters_out_is_found():
-    model = net()
-    (found,) = pu.check(model, torch.optim.SGD(model[6].parameters(), lr=0.1))
-    assert (found.check, found.severity) == ("foreign_optimizer", "warning") and "does not train 6 of 8" in found.what
-    for parameter in model[:6].parameters():
-        parameter.requires_grad_(False)
-    assert not pu.check(model, torch.optim.SGD(model[6].parameters(), lr=0.1))
-
-
-def test_removed_filters_ask_for_a_rebound_optimizer():
-    model = pu.models.create("lenet5")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pu.prune_filters(model, "l1", 0.5, torch.randn(1, 1, 28, 28))
-    assert {"foreign_optimizer"} == names(pu.check(model, optimizer))
-    pu.filters.rebind_optimizer(optimizer, model)
-    assert not pu.check(model, optimizer)
 
 
 # --- Weights without an effect ---------------------------------------------------------------------------------------
 
-ACTIVATIONS = (
-    "ELU Hardshrink Hardsigmoid Hardtanh Hardswish LeakyReLU LogSigmoid PReLU ReLU ReLU6 RReLU SELU CELU GELU "
-)
-ACTIVATIONS += "Sigmoid SiLU Mish Softplus Softshrink Softsign Tanh Tanhshrink"
+ACTIVATIONS = "ELU Hardshrink Hardsigmoid Hardtanh Hardswish LeakyReLU LogSigmoid PReLU ReLU ReLU6 RReLU SELU CELU GELU"
+ACTIVATIONS += " Sigmoid SiLU Mish Softplus Softshrink Softsign Tanh Tanhshrink"
 ACTIVATIONS = [getattr(nn, name) for name in ACTIVATIONS.split()]
 ACTIVATIONS += [lambda: nn.Threshold(0.1, 20), lambda: nn.Hardtanh(1, 2)]
 NORMS = [nn.Identity, lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4), lambda: nn.LocalResponseNorm(2)]

@@ -73,10 +73,30 @@ def test_global_pruning_agrees():
 )
 def test_everything_that_torch_can_do_is_taken_over(layer, method):
     module, x = layer
+    names, weight = set(module.state_dict()), module.weight
     method(module)
     mask, outputs = module.weight_mask.bool().clone(), module(x)
     assert torch.equal(pu.takeover.take_over(module)["weight"], mask) and torch.equal(module(x), outputs)
+    assert module.weight is weight and set(module.state_dict()) == names
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pu.TiedScoresWarning)
         more = pu.prune(module, "magnitude", min(1.0, (~mask).float().mean().item() + 0.1))["weight"]
     assert (more <= mask).all()
+
+
+def test_what_cannot_be_taken_over_changes_nothing(monkeypatch):
+    monkeypatch.setattr(pu.target, "RULES", dict(pu.target.RULES))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="torch.nn.utils.prune has pruned nothing in Sequential"):
+        pu.takeover.take_over(model)
+    torch_prune.random_unstructured(model[0], "weight", 0.5)
+    torch_prune.random_unstructured(model[0], "bias", 0.5)
+    with pytest.raises(ValueError, match="0.bias of Linear"):
+        pu.takeover.take_over(model)
+    assert torch_prune.is_pruned(model[0]) and "weight_orig" in model[0]._parameters
+    pu.target.prunable(nn.Linear, "weight", "bias")
+    assert set(pu.takeover.take_over(model)) == {"0.weight", "0.bias"} and not torch_prune.is_pruned(model)
+    odd = nn.Sequential(nn.Linear(4, 4))
+    torch_prune.custom_from_mask(odd[0], "weight", torch.full((4, 4), 0.5))
+    with pytest.raises(ValueError, match="0.weight: its mask holds numbers other than 0 and 1"):
+        pu.takeover.take_over(odd)
