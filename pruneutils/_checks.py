@@ -105,38 +105,60 @@ def _kind(value) -> str:
 
 
 def some_data(argument: str, data: Any) -> Any:
-    """Return the data if they are one (inputs, targets) pair or can be iterated."""
+    """Return the data if they can be iterated and are no single tensor, mapping or model."""
     if isinstance(data, (str, torch.Tensor, nn.Module, Mapping)) or not isinstance(data, Iterable):
         pairs = "one (inputs, targets) pair of tensors or an iterable of them, such as pu.data.load gives"
-        raise TypeError(f"{argument} must be {pairs}, not {_kind(data)}")
+        raise TypeError(f"{argument} must be {pairs} (a tokenizer by return_tensors='pt'), not {_kind(data)}")
     return data
 
 
-def a_pair(argument: str, pair: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a batch if it is an (inputs, targets) pair of tensors."""
-    if not is_pair(pair):
-        inside = f" of {', '.join(map(_kind, pair))}" if isinstance(pair, (tuple, list)) and len(pair) < 4 else ""
-        raise TypeError(f"{argument} must be an (inputs, targets) pair of tensors, not {_kind(pair)}{inside}")
-    return tuple(pair)
+def is_batch(data: object) -> bool:
+    """Say whether `data` is one batch: inputs alone, or an (inputs, targets) pair with inputs of any form."""
+    if not isinstance(data, (tuple, list)):
+        return _are_inputs(data)
+    if len(data) == 1:  # of a DataLoader without targets
+        return _are_inputs(data[0])
+    if len(data) != 2 or not (data[1] is None or torch.is_tensor(data[1])):
+        return False
+    return all(map(torch.is_tensor, data[0])) if isinstance(data[0], (tuple, list)) else _are_inputs(data[0])
+
+
+def _are_inputs(value) -> bool:
+    """Whether this is a tensor, or a mapping with tensors such as a tokenizer gives."""
+    return torch.is_tensor(value) or (isinstance(value, Mapping) and any(map(torch.is_tensor, value.values())))
+
+
+def a_batch(argument: str, batch: Any) -> tuple[Any, torch.Tensor | None]:
+    """Return the inputs and the targets of a batch, None for targets that it lacks."""
+    if not is_batch(batch):
+        forms = "an (inputs, targets) pair of tensors, inputs alone, or a mapping of tensors such as a tokenizer gives"
+        raise TypeError(f"{argument} must be {forms} with return_tensors='pt', not {_kind(batch)}")
+    inputs, targets, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
+    return inputs, targets
 
 
 def is_pair(data: object) -> bool:
-    """Tell whether `data` is one (inputs, targets) pair of tensors."""
+    """Say whether `data` is one (inputs, targets) pair of tensors."""
     return isinstance(data, (tuple, list)) and len(data) == 2 and all(torch.is_tensor(part) for part in data)
 
 
 @contextlib.contextmanager
-def add_shapes_to_errors(inputs: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
-    """Add to an error inside of a model what it was given; ValueError where inputs and targets have changed places."""
+def add_shapes_to_errors(inputs: object, targets: torch.Tensor) -> Iterator[None]:
+    """Add to an error inside of a model what it was given."""
     try:
         yield
     except Exception as error:
-        given = [f"{tuple(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (inputs, targets)]
-        if inputs.ndim == 1 and not inputs.is_floating_point() and targets.is_floating_point() and targets.ndim > 1:
-            message = f"inputs are {given[0]} and targets {given[1]}, but a pair is (inputs, targets)"
-            raise ValueError(message) from error
-        error.add_note(f"The inputs were {given[0]}, the targets {given[1]}.")
+        error.add_note(f"The inputs were {shapes(inputs)}, the targets {shapes(targets)}: a pair is (inputs, targets).")
         raise
+
+
+def shapes(value: object) -> str:
+    """Describe tensors of any form by their shapes and types: messages never print the tensors themselves."""
+    if torch.is_tensor(value):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {shapes(each)}" for name, each in value.items())
+    return ", ".join(map(shapes, value)) if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 @contextlib.contextmanager

@@ -4,18 +4,24 @@ import contextlib
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ._checks import a_model, a_pair, is_pair, one_of, some_data
+from ._checks import a_batch, is_batch, is_pair, one_of, shapes, some_data
+
+Inputs = torch.Tensor | Mapping[str, object] | tuple[torch.Tensor, ...]
+
+LEFT_OUT = -100  # the targets that torch's cross-entropy ignores by default, such as padding
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter, the CPU for a model without any."""
-    return next((p.device for p in a_model(model).parameters()), torch.device("cpu"))
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager
@@ -30,42 +36,152 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def batches(data: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the (inputs, targets) batches of `data`, which may be one such pair; TypeError if it is neither."""
-    for batch in [data] if is_pair(data) else some_data("data", data):
-        yield a_pair("a batch", batch)
+@contextlib.contextmanager
+def restored_on_error(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Put the values of these tensors back if an error comes out of the `with` block."""
+    saved = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in saved:
+            tensor.copy_(value)
+        raise
 
 
-def inputs_of(data: object, model: nn.Module, most: int | None = None) -> torch.Tensor:
-    """Return the inputs (N, ...) of all batches, or the first `most`, as one tensor on the model's device."""
-    parts = []
-    for batch in [data] if torch.is_tensor(data) or is_pair(data) else some_data("data", data):
-        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not torch.is_tensor(inputs):
-            raise TypeError(f"a batch must be inputs or an (inputs, targets) pair of tensors, not {type(inputs)}")
+def batches(data: object, targets: bool = True) -> Iterator[tuple[Inputs, torch.Tensor | None]]:
+    """Yield the (inputs, targets) of each batch of `data`, which may be a single batch.
+
+    Inputs are a tensor, a tuple of several, or a mapping of tensors, whose "labels" are the targets. Only without
+    `targets` may a batch lack them (None). Targets that repeat the "input_ids" become the next tokens.
+    """
+    two = not targets and isinstance(data, list) and is_pair(data)  # an iterable of two inputs, if they are alike
+    two = two and data[0].ndim == data[1].ndim > 1 and data[0].dtype == data[1].dtype
+    for batch in [data] if is_batch(data) and not two else some_data("data", data):
+        inputs, own = a_batch("a batch", batch)
+        if isinstance(inputs, Mapping):
+            own = inputs.get("labels") if own is None else own
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            own = None if own is None else _next_tokens(own, inputs)
+        if targets and own is None:
+            what = f"{shapes(inputs)} without targets"
+            raise TypeError(f"a batch must be an (inputs, targets) pair or a mapping with 'labels', not {what}")
+        yield inputs, own
+
+
+def _next_tokens(targets, inputs) -> torch.Tensor:
+    """Shift targets that repeat the tokens they stand at to the token before, and leave out the padded ones."""
+    tokens, padding = inputs.get("input_ids"), inputs.get("attention_mask")
+    if padding is not None and padding.shape == targets.shape and not targets.is_floating_point():
+        targets = targets.masked_fill(padding == 0, LEFT_OUT)
+    counts = targets != LEFT_OUT
+    alike = tokens is not None and tokens.shape == targets.shape and targets.ndim == 2
+    if not alike or not torch.equal(targets[counts], tokens[counts]):
+        return targets
+    following = F.pad(targets[:, 1:], (0, 1), value=LEFT_OUT)
+    return following if padding is None else following.masked_fill(padding == 0, LEFT_OUT)
+
+
+def forward(model: Callable, inputs: Inputs, whole: bool = False) -> object:
+    """Run a model on inputs of every form; of an output with `.logits`, return these unless it is wanted `whole`."""
+    if isinstance(inputs, Mapping):
+        returned = model(**inputs)
+    else:
+        returned = model(inputs) if torch.is_tensor(inputs) else model(*inputs)
+    logits = getattr(returned, "logits", None)
+    return logits if torch.is_tensor(logits) and not whole else returned
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Move inputs of every form; to a GPU without waiting."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=device.type != "cpu"), inputs)
+
+
+def n_samples(inputs: Inputs) -> int:
+    """Return the number of samples N among inputs of every form."""
+    return next((len(leaf) for leaf in tree_leaves(inputs) if torch.is_tensor(leaf) and leaf.ndim), 0)
+
+
+def take(inputs: Inputs, samples: slice) -> Inputs:
+    """Return these samples of inputs of every form."""
+    n = n_samples(inputs)
+    return tree_map_only(torch.Tensor, lambda x: x[samples] if x.ndim and len(x) == n else x, inputs)
+
+
+def inputs_of(data: object, model: nn.Module, most: int | None = None) -> Inputs:
+    """Return the inputs of all batches, or the first `most` samples, joined and on the model's device."""
+    parts, n = [], 0
+    for inputs, _ in batches(data, targets=False):
         parts.append(inputs)
-        if most is not None and sum(map(len, parts)) >= most:
+        n += n_samples(inputs)
+        if most is not None and n >= most:
             break
-    if not sum(map(len, parts)):
+    if not n:
         raise ValueError("data holds no sample")
-    return torch.cat(parts)[:most].to(device_of(model))
+    return to_device(take(_joined(*parts), slice(most)), device_of(model))
+
+
+def _joined(first: object, *others: object, padded: bool = False) -> object:
+    """Put the inputs of several batches together; beside an "attention_mask", zeros follow those that are shorter."""
+    parts = first, *others
+    if isinstance(first, Mapping):
+        return {key: _joined(*(part[key] for part in parts), padded="attention_mask" in first) for key in first}
+    if isinstance(first, tuple | list):
+        return tuple(map(_joined, *parts))
+    if padded and torch.is_tensor(first) and first.ndim == 2:
+        longest = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (0, longest - part.shape[1])) for part in parts]
+    return torch.cat(parts) if torch.is_tensor(first) else first
+
+
+def tokens_only(values: torch.Tensor, inputs: Inputs, channel: int = -1) -> torch.Tensor:
+    """Return what a layer reads with its features last, but not (N, tokens) where the "attention_mask" pads."""
+    values = values.movedim(channel, -1)
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is None or mask.ndim != 2:
+        return values
+    for kept in (mask != 0, mask.flatten() != 0):
+        if values.ndim > kept.ndim and values.shape[: kept.ndim] == kept.shape:
+            return values if kept.all() else values[kept]
+    return values
 
 
 @contextlib.contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Callable, after: bool = False) -> Iterator[None]:
-    """Call `hook` before (or after) each call of these modules, inside the `with` block."""
+    """Call `hook(module, args)` before, or with the output after, each call of these modules; `args` hold all."""
+
+    def with_keywords(module, args, keywords, *output):
+        return hook(module, (*args, *keywords.values()), *output)
+
     with contextlib.ExitStack() as hooks:
         for m in modules:
-            hooks.enter_context(m.register_forward_hook(hook) if after else m.register_forward_pre_hook(hook))
+            register = m.register_forward_hook if after else m.register_forward_pre_hook
+            hooks.enter_context(register(with_keywords, with_kwargs=True))
         yield
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Tell whether no entry is NaN or infinite: from the extremes, which takes an eighth of the time of isfinite."""
+    """Say whether no entry is NaN or infinite: from the extremes, which takes an eighth of the time of isfinite."""
     if tensor.numel() == 0 or tensor.is_complex():
         return bool(tensor.isfinite().all())
-    low, high = (extreme.item() for extreme in tensor.detach().aminmax())  # both are NaN if any entry is
-    return -math.inf < low and high < math.inf
+    return all(map(math.isfinite, (extreme.item() for extreme in tensor.detach().aminmax())))
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is one block of numbers: not sharded, not packed by a subclass, not sparse."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and tensor.layout == torch.strided
+
+
+def unmaskable(parameter: torch.Tensor) -> str:
+    """Say why a parameter can have no mask, and the way out; "" if it can."""
+    if parameter.is_meta:
+        return "is on the meta device, without values; load the whole model first, without offloading"
+    if type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {type(parameter).__name__}; prune the model before it is sharded or quantized"
+    if parameter.layout != torch.strided:
+        return f"is stored as {parameter.layout}; convert it by .to_dense()"
+    if not (parameter.dtype.is_floating_point or parameter.dtype.is_complex):
+        return f"holds {parameter.dtype}; prune the model before it is quantized"
+    return ""
 
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
@@ -97,7 +213,7 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
-    """Return a seed for one purpose within a run, such as `derive_seed(seed, "grow", step)`: the scheme everywhere."""
+    """Return a seed for one purpose within a run, such as `derive_seed(seed, "grow", step)`."""
     numbers = [zlib.crc32(each.encode()) if isinstance(each, str) else each for each in path]
     return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])
 
@@ -143,10 +259,9 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def full_float32() -> Iterator[None]:
     """Multiply float32 numbers as they are inside; by default a GPU convolves them in TF32, 13 bits shorter."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    if hasattr(cudnn, "conv"):  # torch 2.9 and newer
-        places, name, full = (cudnn.conv, cudnn.rnn, matmul), "fp32_precision", "ieee"
-    else:
-        places, name, full = (cudnn, matmul), "allow_tf32", False
+    new = hasattr(cudnn, "conv")  # torch 2.9 and newer
+    places = (cudnn.conv, cudnn.rnn, matmul) if new else (cudnn, matmul)
+    name, full = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
     before = [getattr(place, name) for place in places]
     try:
         for place in places:
@@ -158,10 +273,9 @@ def full_float32() -> Iterator[None]:
 
 
 def bfloat16_pays(device_type: str) -> bool:
-    """Tell whether convolutions are much faster in bfloat16, by a CPU's instructions: a measurement could be wrong."""
+    """Say whether convolutions are much faster in bfloat16, by a CPU's instructions: a measurement could be wrong."""
     if device_type != "cpu":
         return True
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    has_instructions = any(getattr(torch.cpu, flag, lambda: False)() for flag in flags)
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return has_instructions and any(word in allowed for word in ("ALL", "DEFAULT", "BF16", "FP16", "AMX"))

@@ -1,7 +1,6 @@
 """Accuracy of outputs of every form: right, or refused by name; and fit agrees with it."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +19,6 @@ def random(*shape, seed=0):
 
 def classes(n_classes, *shape, seed=1):
     return torch.randint(n_classes, shape, generator=torch.Generator().manual_seed(seed))
-
-
-# --- Outputs of the three forms -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,11 +84,8 @@ class Returning(nn.Module):
     ("outputs", "targets", "named"),
     [
         (random(6, 1), classes(2, 6), "one output"),
-        (random(6), classes(2, 6), r"\(6,\)"),
         (random(6, 5), classes(5, 6, 1), r"\(6, 1\)"),
-        (random(6, 5), random(6), "float32"),
         (random(6, 5), torch.eye(6)[:, :5], "float32"),
-        (random(6, 5, 4), classes(5, 4, 6), "tokens, classes"),
         (random(6, 3, 4, 5), classes(5, 6, 3, 4), "height, width"),
     ],
 )
@@ -104,9 +97,6 @@ def test_what_fits_no_form_is_refused_by_name_in_accuracy_and_fit(outputs, targe
     with pytest.raises(ValueError, match=named):
         pu.fit(model, [(random(6, 1), targets)], epochs=1, loss_fn=lambda out, y: out.sum())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-# --- Modes and precisions --------------------------------------------------------------------------------------------
 
 
 def test_accuracy_runs_in_eval_mode_and_puts_every_mode_back():
@@ -140,37 +130,24 @@ def test_accuracy_computes_in_the_precision_asked_for(monkeypatch, pays):
     assert pu.accuracy(convolutional, data, precision="auto") == (0 if pays else 1)
 
 
-# --- output= and metric= --------------------------------------------------------------------------------------------
-
-
 class Wrapped(nn.Module):
     """A linear model that returns its outputs inside of something."""
 
     def __init__(self, wrap):
         super().__init__()
+        torch.manual_seed(5)
         self.linear, self.wrap = nn.Linear(4, 3), wrap
-        with torch.no_grad():
-            self.linear.weight.copy_(random(3, 4, seed=5))
-            self.linear.bias.zero_()
 
     def forward(self, x):
         return self.wrap(self.linear(x))
 
 
-FORMS = {
-    "tuple": (lambda out: (out, "more"), lambda out: out[0], "tuple"),
-    "dict": (lambda out: {"aux": None, "logits": out}, lambda out: out["logits"], "returns a dict"),
-    "object": (lambda out: SimpleNamespace(logits=out), lambda out: out.logits, "SimpleNamespace"),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_models_that_return_more_than_a_tensor_need_output(form):
-    wrap, output, named = FORMS[form]
-    model, plain = Wrapped(wrap), Wrapped(lambda out: out)
+def test_models_that_return_more_than_a_tensor_need_output():
+    output = lambda out: out["logits"]  # noqa: E731
+    model, plain = Wrapped(lambda out: {"aux": None, "logits": out}), Wrapped(lambda out: out)
     data = random(20, 4), classes(3, 20)
     for call in (pu.accuracy, lambda model, data: pu.fit(model, data, epochs=1)):
-        with pytest.raises(TypeError, match=f"{named}.*output="):
+        with pytest.raises(TypeError, match="returns a dict.*output="):
             call(model, data)
     assert pu.accuracy(model, data, output=output) == pu.accuracy(plain, data)
     options = dict(epochs=2, batch_size=8, lr=0.01)

@@ -20,19 +20,15 @@ WRONG = [
     ("prune", dict(sparsity=0.5, exclude=["$fc1"]), TypeError, ["exclude", "Linear"]),
     ("prune", dict(sparsity=0.5, exclude="*"), ValueError, ["exclude", "'*'"]),
     ("prune", dict(sparsity={"fc9": 0.5}), ValueError, ["'fc9'", "fc3"]),
-    ("prune", dict(sparsity={"fc1": 50}), ValueError, ["'fc1'", "50"]),
     ("set_masks", dict(masks={"fc1": torch.ones(300, 784)}), ValueError, ["'fc1'", "fc1.weight"]),
     ("set_masks", dict(masks={"fc3.weight": "all"}), TypeError, ["fc3.weight", "'all'"]),
     ("set_masks", dict(masks={"fc3.weight": torch.ones(3, 1)}), ValueError, ["fc3.weight", "(3, 1)", "(10, 100)"]),
     ("set_masks", dict(masks="$model"), TypeError, ["masks", "Sequential", "get_masks"]),
     # --- How much ----------------------------------------------------------------------------------------------------
-    ("prune", dict(sparsity=90), ValueError, ["sparsity", "90"]),
-    ("prune", dict(sparsity="0.9"), ValueError, ["sparsity", "'0.9'"]),
     ("prune", dict(sparsity=True), ValueError, ["sparsity", "True"]),
     ("prune", dict(sparsity=torch.tensor([0.9, 0.5])), ValueError, ["sparsity", "tensor"]),
     ("prune", dict(), ValueError, ["sparsity"]),
-    ("prune", dict(criterion=0.9), TypeError, ["criterion", "0.9"]),
-    ("prune", dict(sparsity=0.05), ValueError, ["26620 of 266200"]),
+    ("prune", dict(criterion=0.9), ValueError, ["criterion", "0.9"]),
     ("prune", dict(granularity="5:4"), ValueError, ["5:4"]),
     ("prune", dict(sparsity=0.9, iterations=0), ValueError, ["iterations", "0"]),
     ("prune_threshold", dict(threshold="magnitude"), ValueError, ["threshold", "'magnitude'"]),
@@ -42,18 +38,15 @@ WRONG = [
     ("prune", dict(criterion="SNIP", sparsity=0.9, data="$batch"), ValueError, ["'SNIP'", "'snip'"]),
     ("prune", dict(sparsity=0.5, scope="layerwise"), ValueError, ["scope", "'layerwise'", "'layer'"]),
     ("prune", dict(sparsity=0.9, iterations=2, schedule="exp"), ValueError, ["schedule", "'exp'", "exponential"]),
-    ("prune", dict(sparsity=0.9, temprature=3), TypeError, ["magnitude", "temprature"]),
     ("fit", dict(train="$batch", epochs=1, optimizer="SGD"), ValueError, ["optimizer", "'SGD'", "'sgd'"]),
-    ("fit", dict(train="$batch", epochs=1, precision="bf16"), ValueError, ["precision", "'bf16'", "bfloat16"]),
     ("gradual", dict(train="$batch", lrr=0.1), TypeError, ["'lrr'", "lr"]),
     # --- Data --------------------------------------------------------------------------------------------------------
-    ("prune", dict(criterion="snip", sparsity=0.9), ValueError, ["'snip'", "data"]),
     ("prune", dict(criterion="snip", sparsity=0.9, data="digits"), TypeError, ["data", "'digits'", "pu.data.load"]),
     ("prune", dict(criterion="snip", sparsity=0.9, data="$two"), TypeError, ["batch", "Images"]),
-    ("prune", dict(criterion="snip", sparsity=0.9, data=[]), ValueError, ["data"]),
-    ("prune", dict(criterion="snip", sparsity=0.9, data="$swapped"), ValueError, ["(8,) int64", "(inputs, targets)"]),
-    ("accuracy", dict(data="$swapped"), ValueError, ["(8,) int64", "(inputs, targets)"]),
     ("accuracy", dict(data="$arrays"), TypeError, ["ndarray"]),
+    ("accuracy", dict(data="$inputs"), TypeError, ["pair", "'labels'", "(8, 1, 28, 28) float32 without targets"]),
+    ("accuracy", dict(data={"ids": [[1, 2]]}), TypeError, ["return_tensors='pt'"]),
+    ("scores", dict(criterion="wanda", data=[{"ids": [[1, 2]]}]), TypeError, ["return_tensors='pt'"]),
     ("accuracy", dict(data="$batch", precision="half"), ValueError, ["precision", "'half'"]),
     ("fit", dict(train="digits", epochs=1), TypeError, ["train", "'digits'"]),
     ("fit", dict(train="$batch", test=5), TypeError, ["test", "5"]),
@@ -105,7 +98,6 @@ def given():
         images=images,
         inputs=inputs,
         batch=(inputs, targets),
-        swapped=(targets, inputs),
         short=(inputs, targets[:3]),
         beyond=(inputs, targets + 10),
         arrays=(np.asarray(inputs), np.asarray(targets)),
@@ -160,23 +152,15 @@ def test_numbers_of_torch_and_numpy_are_numbers(number):
     assert kept[0] == kept[1]
 
 
-class Wrapper(nn.Module):
-    """Holds a model as DataParallel does."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
+WRAPPERS = [lambda model: model, torch.compile, nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model))]
 
 
-WRAPPERS = [lambda model: model, torch.compile, nn.DataParallel, lambda model: Wrapper(torch.compile(model))]
-
-
-@pytest.mark.parametrize("target", WRAPPERS)
-@pytest.mark.parametrize("source", WRAPPERS)
-def test_masks_of_a_wrapped_model_fit_the_bare_one_and_the_other_way_round(source, target):
-    pruned, model = pu.models.create("lenet300"), pu.models.create("lenet300", seed=1)
-    pu.set_masks(target(model), pu.prune(source(pruned), "random", 0.5))
-    assert all(torch.equal(pu.get_masks(model)[name], mask) for name, mask in pu.get_masks(pruned).items())
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_masks_of_a_wrapped_model_fit_the_bare_one_and_the_other_way_round(wrapper):
+    for source, target in [(wrapper, WRAPPERS[0]), (WRAPPERS[0], wrapper), (wrapper, wrapper)]:
+        pruned, model = pu.models.create("lenet300"), pu.models.create("lenet300", seed=1)
+        pu.set_masks(target(model), pu.prune(source(pruned), "random", 0.5))
+        assert all(torch.equal(pu.get_masks(model)[name], mask) for name, mask in pu.get_masks(pruned).items())
 
 
 def test_an_error_inside_of_a_model_gets_a_note_of_the_shapes():
@@ -184,4 +168,4 @@ def test_an_error_inside_of_a_model_gets_a_note_of_the_shapes():
     for call in (pu.accuracy, lambda model, data: pu.fit(model, data, epochs=1)):
         with pytest.raises(RuntimeError) as raised:
             call(model, (torch.zeros(2, 3, 28, 28), targets))
-        assert "(2, 3, 28, 28) float32" in raised.value.__notes__[0] and "(2,) int64" in raised.value.__notes__[0]
+        assert "(2, 3, 28, 28) float32, the targets (2,) int64" in raised.value.__notes__[0]

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from .. import _checks
-from .._torch import generator, zero_pruned
+from .._torch import generator, restored_on_error, zero_pruned
 from ..masks import attach, mask_of
 from ..model_utils import Masks
-from ..target import LeftOutWarning, Target, layer_name, warn_unprunable
+from ..target import LeftOutWarning, Target, is_transposed, layer_name, warn_unprunable
 from . import criteria, granularities, schedules
 from .criteria import Bound, Scores, criterion, list_criteria, scores
 from .granularities import Block, Granularity, NofM, Tiles, granularity
 from .schedules import Schedule, schedule, sparsity_at
-from .scopes import Scope, competitions, erk_sparsities, scope
+from .scopes import Rows, Scope, competitions, output, scope
 
 __all__ = ["LayerCollapseWarning", "LeftOutWarning", "TiedScoresWarning", "prune", "prune_threshold"]
-__all__ += ["criterion", "erk_sparsities", "list_criteria", "schedule", "scope", "scores", "sparsity_at"]
+__all__ += ["criterion", "list_criteria", "schedule", "scope", "scores", "sparsity_at"]
 __all__ += ["Block", "NofM", "Tiles", "granularity"]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -60,13 +60,13 @@ def prune(
         criterion: How much a weight matters: a name from `list_criteria()`, or a function as for `pu.criterion`.
         sparsity: The fraction of the prunable weights that are pruned after the call, what was pruned before included;
             or {layer name or glob: fraction} of layers that compete within themselves. None where "N:M" fixes it.
-        scope: Who competes with whom: "global" (all weights), "layer" (each layer within itself), "erk" (the same, but
-            larger ones lose more; Evci et al. 2020), or a function as for `pu.scope`.
+        scope: Who competes with whom: "global" (all weights), "layer" (each layer within itself), "output" (each output
+            unit within itself), "erk" (layers, of which larger ones lose more), or a function as for `pu.scope`.
         granularity: What goes together: "weight", "kernel", "filter", "2:4" or any "N:M", or an object such as
             `pu.Block(4, 4)`. Tiles go until the count is as near to the one asked for as whole tiles allow.
-        data: One (inputs, targets) batch or an iterable of them, for criteria that need data.
+        data: For criteria that need it, as for `scores`: one (inputs, targets) batch or an iterable of them.
         loss_fn: `(outputs, targets) -> mean loss over the batch`; cross-entropy by default.
-        iterations: In how many steps to prune, scoring anew at the pruned point before each.
+        iterations: In how many steps to prune, scoring anew before each.
         schedule: How the sparsity grows over them: "exponential", "linear", "cubic", or as for `pu.schedule`.
         drop_probability: Below 1, each weight (or tile) that would go is dropped with this probability only.
         exclude: Names or globs of layers to leave alone.
@@ -80,11 +80,11 @@ def prune(
 
     Raises:
         ValueError: For an unknown name, a fraction outside [0, 1], less sparsity than the model has, scores that are
-            missing, NaN or infinite (TypeError for an unknown option). The model is then as it was.
+            missing, NaN or infinite. The model is then as it was.
 
     Warns:
         TiedScoresWarning: If scores tie at the cut; LayerCollapseWarning if a layer has no weight left; LeftOutWarning
-            once a model if much of it is not prunable, or a pruned weight is an embedding too.
+            if much is not prunable, or a pruned weight is an embedding too.
 
     Example:
         >>> pu.prune(pu.models.create("lenet300"), "magnitude", sparsity=0.9)
@@ -103,8 +103,8 @@ def prune(
     warn_unprunable(target)
 
     weights, alive, ties = contest.weights, dict(contest.present), {}
-    before = contest.copies() if restorable or iterations > 1 else None
-    try:
+    before = contest.copies() if restorable else None
+    with restored_on_error(weights.values() if iterations > 1 else ()):
         for step in range(1, iterations + 1):
             if chosen.function is criteria.magnitude and contest.unit == granularities.Weight():
                 # Scored a chunk at a time while selecting, so that no second copy of the weights is made.
@@ -122,11 +122,7 @@ def prune(
             if step < iterations:
                 for name, weight in weights.items():
                     zero_pruned(weight, alive[name])
-        return contest.apply(alive, ties, chosen.name, drop_probability, seed, before if restorable else None)
-    except BaseException:
-        for name, weight in weights.items() if iterations > 1 else ():
-            weight.detach().copy_(before[name])
-        raise
+        return contest.apply(alive, ties, chosen.name, drop_probability, seed, before)
 
 
 def prune_threshold(
@@ -136,7 +132,6 @@ def prune_threshold(
     granularity: str | Granularity = "weight",
     data: object = None,
     loss_fn: Loss | None = None,
-    drop_probability: float = 1.0,
     exclude: str | Iterable[str] = (),
     seed: int = 0,
     *,
@@ -149,14 +144,11 @@ def prune_threshold(
 
     Args:
         threshold: In the units of the criterion's scores. What scores exactly this much stays.
-        model, criterion, granularity, data, loss_fn, drop_probability, exclude, seed: As for `prune`, without "N:M".
+        model, criterion, granularity, data, loss_fn, exclude, seed: As for `prune`, without "N:M".
         normalize, train_mode, restorable, options: As for `prune`.
 
     Returns:
         The masks of the model, {parameter name: bool tensor}, True = kept.
-
-    Raises:
-        ValueError: For a threshold that is no number, and as `prune` does. The model is then as it was.
 
     Example:
         >>> model = pu.models.create("lenet300")
@@ -166,7 +158,6 @@ def prune_threshold(
     target = Target.of(model, exclude)
     chosen = criteria.bind(criterion, data, loss_fn, seed, options, target.prunable)
     threshold = _checks.number("threshold", threshold, finite=False)
-    _checks.fraction("drop_probability", drop_probability)
     if granularities.find(granularity).fixed_sparsity() is not None:
         raise ValueError(f"{granularity} knows no threshold; use prune")
     contest = plan(target, 1.0, "global", granularity)  # any number may go
@@ -176,10 +167,7 @@ def prune_threshold(
         present = contest.present.get(name)
         mask = contest.unit.scores(values, present, normalize) >= threshold
         keep[name] = mask.contiguous() if present is None else mask & present
-    return contest.apply(keep, {}, chosen.name, drop_probability, seed, contest.copies() if restorable else None)
-
-
-# --- What is asked for -----------------------------------------------------------------------------------------------
+    return contest.apply(keep, {}, chosen.name, originals=contest.copies() if restorable else None)
 
 
 @dataclass(frozen=True)
@@ -192,7 +180,7 @@ class Plan:
     unit: Granularity
     groups: list[tuple[list[str], int]]  # who competes with whom, and how many weights are to be pruned in the end
     present: dict[str, torch.Tensor]  # masks that these parts have already
-    starts: list[int]  # weights of each group that are pruned already
+    starts: list[int]  # how many weights of each group they prune
 
     def scores(self, chosen: Bound, train_mode: bool, seed: int) -> Scores:
         """Score the parts that compete."""
@@ -202,13 +190,13 @@ class Plan:
         """Copy the weights."""
         return {name: weight.detach().clone() for name, weight in self.weights.items()}
 
-    def apply(self, keep, ties, criterion, drop_probability, seed, originals) -> Masks:
+    def apply(self, keep, ties, criterion, drop_probability=1.0, seed=0, originals=None) -> Masks:
         """Warn, give the model its masks, and return all that it has now."""
         if drop_probability < 1:
             keep = _spare(keep, self.present, self.unit, drop_probability, seed)
         _warn(ties, keep, criterion)  # before the model changes: a warning can be made an error
         masks = self.target.join({part: keep[part] for part in self.weights})
-        attach(self.target.modules, masks, self.target.join(originals) if originals else None)
+        attach(self.target.modules, masks, self.target.join(originals) if originals else {})
         held = {name: mask_of(weight) for name, weight in self.target.prunable.items()}
         return Masks({name: mask.keep for name, mask in held.items() if mask is not None}, in_force=True)
 
@@ -216,37 +204,38 @@ class Plan:
 def plan(
     target: Target, sparsity: float | Mapping[str, float] | None, scope: str | Scope, granularity: str | Granularity
 ) -> Plan:
-    """Check what is asked of `prune` and return it in full; everything wrong with it raises here."""
+    """Check what is asked of `prune` and return it in full."""
     whole, unit = target.weights, granularities.find(granularity)
     fixed = unit.fixed_sparsity()
-    if fixed:
-        whole = _without_depthwise(target, unit)
-    unit.check(whole)
+    weights, parts = target.split(whole), {name: list(target.split({name: weight})) for name, weight in whole.items()}
+    unit.check({name: weights[parts[name][0]] for name in whole})
     _check_not_transposed(target, whole, unit)
-    weights = target.split(whole)
-    if fixed is None:
+    if fixed is None and scope in ("output", output):
+        unit = Rows.of(target, unit)
+        groups = competitions({name: unit.by_output(name, w) for name, w in weights.items()}, sparsity, scope)
+    elif fixed is None:
         groups = competitions(weights, sparsity, scope)
     elif sparsity in (None, fixed):
         groups = competitions(weights, fixed, "layer")
     else:
         raise ValueError(f"{unit} makes the sparsity {fixed}, not {sparsity!r}; leave it out")
     competing = {name for names, _ in groups for name in names}
-    parts = {name: list(target.split({name: weight})) for name, weight in whole.items()}
     whole = {name: weight for name, weight in whole.items() if competing.intersection(parts[name])}
     weights = {part: weights[part] for name in whole for part in parts[name]}
     present = target.split({name: mask for name, mask in target.masks.items() if name in whole})
     for part in weights.keys() - competing - present.keys():  # beside a part that competes
         present[part] = torch.ones_like(weights[part], dtype=torch.bool)
     starts = [_check_not_less(names, k, weights, present, unit) for names, k in groups]
+    if isinstance(unit, Rows):
+        unit.check_not_less(groups, present)
     return Plan(target, whole, weights, unit, groups, present, starts)
 
 
 def _check_not_less(names, target, weights, present, unit) -> int:
     """Return how many weights of the group are pruned already; ValueError if that is more than asked for."""
     pruned = granularities.n_pruned({name: present[name] for name in names if name in present})
-    # Whole tiles may have taken up to half of the largest more than asked for.
     largest = max(math.prod(map(min, unit.tile(tuple(weights[n].shape)), weights[n].shape)) for n in names)
-    if pruned - target > largest // 2:
+    if pruned - target > largest // 2:  # whole tiles may have taken half a tile more than asked for
         where = layer_name(names[0]) if len(names) == 1 else f"the {len(names)} layers together"
         total = sum(weights[name].numel() for name in names)
         more = f"{pruned} of {total} weights are pruned already, more than the {target} asked for"
@@ -256,33 +245,20 @@ def _check_not_less(names, target, weights, present, unit) -> int:
 
 def _check_not_transposed(target, weights, unit) -> None:
     """Transposed weights are (in, out, *kernel): only what treats both alike fits them."""
-    bad = [name for name in weights if target.is_transposed(name)]
+    bad = [name for name in weights if is_transposed(target.module(name))]
     if bad and unit not in (granularities.Weight(), granularities.Kernel()):
         kinds = ", ".join(sorted({type(target.module(name)).__name__ for name in bad}))
         raise ValueError(f"{unit} is not for (in, out) weights, such as those of {kinds}; exclude {', '.join(bad)}")
 
 
-def _without_depthwise(target, unit) -> dict[str, nn.Parameter]:
-    """Leave out depthwise layers, whose rows of a single input hold no group of M, unless there are no others."""
-    weights = target.weights
-    one_input = {name for name, weight in weights.items() if weight.ndim > 1 and weight.shape[1] == 1}
-    depthwise = [name for name in weights if name in one_input and getattr(target.module(name), "groups", 1) > 1]
-    if not depthwise or len(depthwise) == len(weights):
-        return weights
-    message = f"{unit} leaves out depthwise layers, which have one input: {', '.join(map(layer_name, depthwise))}"
-    warnings.warn(message, LeftOutWarning, stacklevel=_checks.callers_level())
-    return {name: weight for name, weight in weights.items() if name not in depthwise}
-
-
 def _spare(keep, present, unit, probability, seed) -> dict[str, torch.Tensor]:
     """Let each tile that would go stay with 1 - probability; drawn on the CPU, so that all devices agree."""
-    drawn = generator(seed, "drop")
-    spared = {}
+    drawn, spared = generator(seed, "drop"), {}
     for name, mask in keep.items():
         tile, shape = unit.tile(tuple(mask.shape)), tuple(mask.shape)
         draws = torch.rand(granularities.units_of(shape, tile), generator=drawn) >= probability
-        draws = granularities.spread(draws, tile, shape).to(mask.device)
-        spared[name] = mask | (draws & present.get(name, mask.new_ones(())))
+        stays = granularities.spread(draws, tile, shape).to(mask.device)
+        spared[name] = mask | (stays & present[name] if name in present else stays)
     return spared
 
 

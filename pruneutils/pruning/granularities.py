@@ -1,6 +1,5 @@
 """What goes together: a granularity tiles each weight, or keeps the best N of every M inputs."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,15 +56,15 @@ class Tiles:
 
     def select(self, scores: Tensors, k: int, alive: Tensors, normalize: bool = True, transform=None) -> Selection:
         """Prune the lowest tiles until `k` weights are pruned in all, those included that `alive` says are gone."""
-        units, sizes, expand = {}, {}, {}
+        units, sizes, keep = {}, {}, {}
         for name, score in scores.items():
-            tile, mask = self.tile(tuple(score.shape)), alive.get(name)
-            units[name] = self._units(score, mask, normalize)
-            sizes[name] = tile_sums(torch.ones_like(score, dtype=torch.bool) if mask is None else mask, tile)
-            expand[name] = functools.partial(spread, tile=tile, shape=tuple(score.shape))
-        found = select_units(units, sizes, expand, k - n_pruned(alive))
-        keep = {name: mask.to(scores[name].device) for name, mask in found.keep.items()}
-        keep = {name: mask & alive[name] if name in alive else mask.contiguous() for name, mask in keep.items()}
+            mask = alive[name] if name in alive else torch.ones_like(score, dtype=torch.bool)
+            units[name] = self._units(score, alive.get(name), normalize)
+            sizes[name] = tile_sums(mask, self.tile(tuple(score.shape)))
+        found = select_units(units, sizes, k - n_pruned(alive))
+        for name, score in scores.items():
+            mask = spread(found.keep[name], self.tile(tuple(score.shape)), tuple(score.shape)).to(score.device)
+            keep[name] = mask & alive[name] if name in alive else mask.contiguous()
         return Selection(keep, found.ties)
 
     def _units(self, score, alive, normalize) -> torch.Tensor:
@@ -115,10 +114,7 @@ class Filter(Tiles):
 
 @dataclass(frozen=True)
 class Block(Tiles):
-    """Blocks of neighbouring outputs and inputs, at the same place in the kernel (Gray et al. 2017).
-
-    Attributes:
-        outputs, inputs: How many consecutive ones a block spans.
+    """Blocks of so many neighbouring outputs and inputs, at the same place in the kernel (Gray et al. 2017).
 
     Example:
         >>> masks = pu.prune(pu.models.create("lenet300"), sparsity=0.9, granularity=pu.Block(4, 4))
@@ -140,6 +136,8 @@ class Block(Tiles):
 @dataclass(frozen=True)
 class NofM:
     """Keep the best N of every M consecutive inputs, at the same output and place in the kernel (Mishra et al. 2021).
+
+    Layers whose inputs are no multiple of M, such as depthwise ones, have to be excluded; an error names them.
 
     Example:
         >>> pu.prune(pu.models.create("lenet300"), granularity=pu.NofM(2, 4)).sparsity  # or granularity="2:4"
@@ -198,14 +196,9 @@ def units_of(shape: Shape, tile: Shape) -> Shape:
 
 def tile_sums(values: torch.Tensor, tile: Shape) -> torch.Tensor:
     """Sum the entries of each tile; the result has one entry a tile, in the shape of `units_of`."""
-    whole = [span in (1, size) for size, span in zip(values.shape, tile)]
-    if all(whole):  # nothing to divide: a dimension is spanned or it is not
-        spanned = [dim for dim, (size, span) in enumerate(zip(values.shape, tile)) if span > 1 and size == span]
-        if spanned:
-            return values.sum(spanned, keepdim=True)
-        return values.long() if values.dtype == torch.bool else values
     padding = [-size % span for size, span in zip(values.shape, tile)]
-    values = F.pad(values, [pad for end in reversed(padding) for pad in (0, end)])
+    if any(padding):
+        values = F.pad(values, [pad for end in reversed(padding) for pad in (0, end)])
     units = units_of(tuple(values.shape), tile)
     split = values.reshape([number for pair in zip(units, tile) for number in pair])
     return split.sum(list(range(1, 2 * len(tile), 2)))

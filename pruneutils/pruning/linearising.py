@@ -15,11 +15,8 @@ _LINES = {  # linear at zero, and flat from somewhere on
 _GATES = {  # between 0 and 1
     F.sigmoid, torch.sigmoid, torch.sigmoid_, torch.Tensor.sigmoid, torch.Tensor.sigmoid_, F.hardsigmoid,
 }  # fmt: skip
-_NO_FLOW = {  # multiples of what enters give the same
-    F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax,
-    F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, F.multi_head_attention_forward,
-    F.scaled_dot_product_attention,
-}  # fmt: skip
+_NO_FLOW = {F.softmax, torch.softmax, torch.Tensor.softmax, F.layer_norm, F.group_norm, F.rms_norm}
+_NO_FLOW |= {F.multi_head_attention_forward, F.scaled_dot_product_attention}  # multiples of the input give the same
 
 
 class Linearised(TorchFunctionMode):
@@ -33,18 +30,17 @@ class Linearised(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _LINES:
             return args[0] if args else kwargs["input"]
-        values = (args[0] if args else kwargs.get("input")).clone() if func in _GATES else None
-        result = func(*args, **kwargs)
         if func in _GATES:
+            values = (args[0] if args else kwargs["input"]).clone()
+            result = func(*args, **kwargs).detach()
             slope = torch.where(values > 0, result / values, 1).detach()
-            return result.detach() + slope * (values - values.detach())
+            return result + slope * (values - values.detach())
         if func in _NO_FLOW:
             self._seen.add(func.__name__)
-        return result
+        return func(*args, **kwargs)
 
     def __exit__(self, *exception):
         super().__exit__(*exception)
         if self._seen and exception[0] is None:
-            seen = ", ".join(sorted(self._seen))
-            message = f"synflow calls {seen}, which give the same for any multiple; scores before them mean little"
-            warnings.warn(message, stacklevel=callers_level())
+            what = f"{', '.join(sorted(self._seen))}, which give the same for any multiple"
+            warnings.warn(f"synflow calls {what}: scores before them mean little", stacklevel=callers_level())

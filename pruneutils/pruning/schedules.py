@@ -54,7 +54,7 @@ def sparsity_at(
     Args:
         progress: How much of the way is done, in [0, 1].
         sparsity, start: The sparsities at the end and at the beginning.
-        schedule: "exponential", "linear", "cubic", another registered name, or a function as for `pu.schedule`.
+        schedule: "exponential", "linear", "cubic", or as for `pu.schedule`.
 
     Returns:
         The sparsity, a fraction.

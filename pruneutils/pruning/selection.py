@@ -25,9 +25,9 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
     """Prune exactly the `k` lowest of all scores, as a stable sort of their concatenation would.
 
     On a CPU this is 30 times faster than cat and kthvalue: a random sample brackets the cut; one pass writes the masks
-    of what lies above the bracket and collects the about 1 % inside it, and only these are ranked. Where the sample has
-    missed the cut, the counts show it, and the pass is repeated on the side where the cut is. What `alive` says is gone
-    stays so and does not count towards k; `transform(chunk, out=buffer)`, such as torch.abs, makes each chunk scores.
+    of what lies above the bracket and collects the about 1 % inside it, and only these are ranked. Where the counts
+    show that the cut lies elsewhere, the pass is repeated there. What `alive` says is gone stays so and does not count
+    towards k; `transform(chunk, out=buffer)`, such as torch.abs, makes each chunk scores.
     """
     alive = {name: mask for name, mask in (alive or {}).items() if name in scores}
     total = sum(s.numel() for n, s in scores.items() if n not in alive) + sum(n_each_true(alive.values()))
@@ -38,51 +38,33 @@ def select(scores: Tensors, k: int, alive: Tensors | None = None, transform: Cal
     single = (torch.float32, torch.bfloat16, torch.float16)
     dtype = torch.float32 if all(s.dtype in single for s in scores.values()) else torch.float64
     way = _select_in_chunks if _all_on_cpu(scores) else _select_at_once
-    try:
-        return way(scores, k, total, alive, transform or (lambda chunk, out=None: chunk), dtype)
-    except _NotFinite as error:
-        bad = scores[error.args[0]]
-        n_bad = bad.numel() - int(torch.isfinite(bad).count_nonzero())
-        raise ValueError(f"{error}: {n_bad} of {bad.numel()} scores are NaN or infinite") from None
-
-
-class _NotFinite(ValueError):
-    """The scores of the tensor of this name are NaN or infinite."""
+    return way(scores, k, total, alive, transform or (lambda chunk, out=None: chunk), dtype)
 
 
 def _all_on_cpu(scores: Tensors) -> bool:
     return all(s.device.type == "cpu" for s in scores.values())
 
 
-# --- On a GPU: all at once -------------------------------------------------------------------------------------------
-
-
 def _select_at_once(scores, k, total, alive, transform, dtype) -> Selection:
-    """Copy the scores into one tensor, what is pruned already as the lowest, and cut at the k-th value."""
+    """On a GPU: copy the scores into one tensor, what is pruned already as the lowest, and cut at the k-th value."""
     device = next((s.device for s in scores.values() if s.device.type != "cpu"), torch.device("cpu"))
     values = torch.cat([s.detach().reshape(-1).to(device, dtype) for s in scores.values()])
     values = transform(values, out=values)
     sizes = [s.numel() for s in scores.values()]
     if not values.isfinite().all():
-        raise _NotFinite(next(n for n, part in zip(scores, values.split(sizes)) if not part.isfinite().all()))
+        bad = next(name for name, part in zip(scores, values.split(sizes)) if not part.isfinite().all())
+        raise ValueError(f"{bad}: some scores are NaN or infinite")
     for (name, s), part in zip(scores.items(), values.split(sizes)):
         if name in alive:
             part.view(s.shape).masked_fill_(~alive[name].to(device), -torch.inf)
-    k += len(values) - total
-    cut = values.kthvalue(k).values if k else -torch.inf
-    keep, tied = values > cut, values == cut
-    n_tied_kept = len(values) - k - int(keep.count_nonzero())
-    keep |= tied & (tied.cumsum(0) > tied.count_nonzero() - n_tied_kept)
+    keep, tied = (each[0] for each in select_in_rows(values[None], k + len(values) - total))
     # memory of its own for each mask: a file of tensors takes no two that share theirs
     masks = {n: part.view(s.shape).to(s.device, copy=True) for (n, s), part in zip(scores.items(), keep.split(sizes))}
-    counts = [int(part.count_nonzero()) for part in tied.split(sizes)] if n_tied_kept else []
-    return Selection(masks, {name: n for name, n in zip(scores, counts) if n})
-
-
-# --- On a CPU: in chunks that stay in its cache, by numpy, which is fast there ---------------------------------------
+    return Selection(masks, {name: n for name, n in zip(scores, n_each_true(tied.split(sizes))) if n})
 
 
 def _select_in_chunks(scores, k, total, alive, transform, dtype) -> Selection:
+    """On a CPU: in chunks that stay in its cache, by numpy, which is fast there."""
     low, high = _bracket(scores, k / max(total, 1), alive, transform, dtype)
     while True:
         keep, values, positions, n_above = _split(scores, low, high, alive, transform, dtype)
@@ -175,7 +157,7 @@ def _split_chunks(chunks, low, high, transform, dtype) -> list[tuple]:
             values = transform(scores.to(dtype), out=values).numpy()
         # the highest value is NaN if any is
         if not (values.max() < np.inf and (transform is torch.abs or values.min() > -np.inf)):
-            raise _NotFinite(name)
+            raise ValueError(f"{name}: some scores are NaN or infinite")
         np.greater(values, high, out=above)
         np.greater(values, low, out=inside)
         inside ^= above
@@ -193,13 +175,10 @@ def n_each_true(masks: Iterable[torch.Tensor]) -> list[int]:
     return [int(count) for count in counts]
 
 
-# --- Units such as filters, sorted ------------------------------------------------------------------------------------
-
-
-def select_units(units: Tensors, sizes: Tensors, expand: Mapping[str, Callable], k: int) -> Selection:
+def select_units(units: Tensors, sizes: Tensors, k: int) -> Selection:
     """Prune the lowest units (kernels, filters, blocks) until the number of weights that go is nearest to `k`.
 
-    `sizes` says how many weights each would lose, and those that lose none go first; `expand` makes the weights' masks.
+    `sizes` says how many weights each would lose, and those that lose none go first.
     """
     device = next(iter(units.values())).device
     counts = torch.cat([sizes[name].flatten().to(device, torch.int32) for name in units])
@@ -219,10 +198,21 @@ def select_units(units: Tensors, sizes: Tensors, expand: Mapping[str, Callable],
         tied = counts * ((ranks >= low) & (ranks < high))
         ties = {name: n for name, part in zip(units, tied.split(lengths)) if (n := int(part.sum()))}
     stays = zip(units.items(), (ranks >= n_units).split(lengths))
-    return Selection({name: expand[name](part.view(unit.shape)) for (name, unit), part in stays}, ties)
+    return Selection({name: part.view(unit.shape) for (name, unit), part in stays}, ties)
 
 
-# --- N of M ----------------------------------------------------------------------------------------------------------
+def select_in_rows(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune the `k` lowest of each row: the mask, and which values equal the cut of a row that parts such ties."""
+    if k == 0:
+        return torch.ones_like(values, dtype=torch.bool), torch.zeros_like(values, dtype=torch.bool)
+    cut = values.kthvalue(k, dim=1, keepdim=True).values
+    keep, tied = values > cut, torch.zeros_like(values, dtype=torch.bool)
+    n_tied_kept = values.shape[1] - k - keep.sum(1, keepdim=True)
+    parted = (n_tied_kept > 0) & (cut > -torch.inf)
+    if parted.any():
+        tied = parted & (values == cut)
+        keep |= tied & (tied.cumsum(1) > tied.sum(1, keepdim=True) - n_tied_kept)
+    return keep, tied
 
 
 def select_n_of_m(scores: Tensors, n: int, m: int, alive: Tensors) -> Selection:
@@ -233,17 +223,19 @@ def select_n_of_m(scores: Tensors, n: int, m: int, alive: Tensors) -> Selection:
         if name in alive:
             values = values.masked_fill(~alive[name], -torch.inf)
         blocks = values.unflatten(1, (-1, m)).movedim(2, 0).contiguous()  # (m, out, in / m, *kernel)
-        n_lower = torch.zeros_like(blocks, dtype=torch.int16)
+        n_lower, any_equal = torch.zeros_like(blocks, dtype=torch.int8 if m < 128 else torch.int16), False
         for i in range(m):
             for j in range(i):
                 first = blocks[j] <= blocks[i]  # of equal ones, the first is lower
-                n_lower[i] += first
-                n_lower[j] += ~first
+                n_lower[i] += first.to(n_lower.dtype)  # which adds faster than bools do
+                n_lower[j] += (~first).to(n_lower.dtype)
+                any_equal = any_equal or bool((blocks[j] == blocks[i]).any())
         kept = n_lower >= m - n
-        cut = blocks.masked_fill(kept, -torch.inf).amax(0)
-        parted = (cut == blocks.masked_fill(~kept, torch.inf).amin(0)) & (cut > -torch.inf)
-        if n_tied := int((blocks == cut)[:, parted].sum()):
-            ties[name] = n_tied
+        if any_equal:
+            cut = blocks.masked_fill(kept, -torch.inf).amax(0)
+            parted = (cut == blocks.masked_fill(~kept, torch.inf).amin(0)) & (cut > -torch.inf)
+            if n_tied := int((blocks == cut)[:, parted].sum()):
+                ties[name] = n_tied
         kept &= blocks > -torch.inf
         keep[name] = kept.movedim(0, 2).flatten(1, 2).contiguous()
     return Selection(keep, ties)

@@ -1,7 +1,6 @@
 """Criteria: closed forms in float64, golden counts of SynFlow, no trace left by scoring, errors, no revival."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pruneutils as pu
 from pruneutils._torch import generator
 from pruneutils.costs import cost
-from pruneutils.pruning import criteria
+from pruneutils.pruning import gradients
 
 DATA_FREE = {"random", "magnitude", "lamp"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # test_pruning looks at ties and collapse
@@ -68,9 +67,6 @@ def arguments_of(name, data, reference):
     return {"reference": reference} if name == "movement" else {"data": data}
 
 
-# --- Closed forms ----------------------------------------------------------------------------------------------------
-
-
 def test_weights_alone():
     model, reference = two_layers(), two_layers(5)
     assert_scores(pu.scores(model, "magnitude"), [w.abs() for w in weights_of(model)])
@@ -90,6 +86,11 @@ def test_lamp_is_the_square_over_the_squares_that_are_no_smaller():
     assert_scores(pu.scores(model, "lamp"), expected)
     model[2].weight.data *= 1e-6  # the layers need no scope
     assert all(mask.any() for mask in pu.prune(model, "lamp", sparsity=0.9).values())
+    squares = (large := nn.Linear(600, 500)).weight.detach().flatten().double().square().sort().values
+    found = pu.scores(large, "lamp")["weight"].flatten()[large.weight.abs().flatten().argsort()].double()
+    assert (found.diff() >= 0).all()  # in bins, as such a layer takes long to sort
+    wanted = squares / squares.flip(0).cumsum(0).flip(0)
+    assert ((found / wanted - 1).abs()[:-3000] < 0.01).all()
 
 
 def test_random_is_uniform_and_belongs_to_its_seed():
@@ -97,14 +98,8 @@ def test_random_is_uniform_and_belongs_to_its_seed():
     found = pu.scores(model, "random", seed=3)
     values = flat(found.values())
     assert 0 <= values.min() and values.max() < 1 and len(values.unique()) == 15_000
-    # Kolmogorov-Smirnov distance from the uniform distribution; 1.95 / sqrt(n) is passed once in a thousand seeds
-    steps = torch.arange(1, 15_001, dtype=torch.float64) / 15_000
-    assert (values.sort().values - steps).abs().max() < 1.95 / 15_000**0.5
-    other = flat(pu.scores(model, "random", seed=4).values())
+    other = flat(pu.scores(model.double(), "random", seed=4).values())
     assert abs(torch.corrcoef(torch.stack([values, other]))[0, 1]) < 0.04
-    # neither the global state nor the weights' type have a say, and the draws come from the CPU's generator
-    torch.manual_seed(99)
-    assert torch.equal(pu.scores(model.double(), "random", seed=3)["0.weight"], found["0.weight"])
     drawn = torch.rand(100, 100, generator=generator(3, "random"), dtype=torch.float64)
     assert torch.equal(found["0.weight"], drawn)
 
@@ -122,10 +117,8 @@ def test_first_order_criteria():
     }.items():
         expected = [form(w, g, f) for w, g, f in zip(weights_of(model), gradients, squares)]
         assert_scores(pu.scores(model, name, (inputs, targets)), expected)
-    mine = lambda out, y: (out[range(len(y)), y] ** 2).mean()  # noqa: E731
-    g = torch.autograd.grad(mine(model(inputs), targets), list(pu.prunable_weights(model).values()))
-    found = pu.scores(model, "snip", (inputs, targets), loss_fn=mine)
-    assert_scores(found, [(w * d).abs() for w, d in zip(weights_of(model), g)])
+    found = pu.scores(model, "snip", (inputs, targets), loss_fn=lambda out, y: 2 * F.cross_entropy(out, y))
+    assert_scores(found, [2 * (w * g).abs() for w, g in zip(weights_of(model), gradients)])
 
 
 @pytest.mark.parametrize("name", ["gradient", "snip", "taylor", "fisher", "grasp", "wanda"])
@@ -133,10 +126,9 @@ def test_several_batches_count_as_one(name):
     model, (inputs, targets) = two_layers(), batch(9)
     parts = [(inputs[:2], targets[:2]), (inputs[2:8], targets[2:8]), (inputs[8:], targets[8:])]
     whole = pu.scores(model, name, (inputs, targets))
-    assert_scores(pu.scores(model, name, parts), whole.values())
-    assert_scores(pu.scores(model, name, iter(parts)), whole.values())
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=4)
-    assert_scores(pu.scores(model, name, loader), whole.values())
+    for data in (parts, iter(parts), loader):
+        assert_scores(pu.scores(model, name, data), whole.values())
 
 
 # --- GraSP -----------------------------------------------------------------------------------------------------------
@@ -154,7 +146,7 @@ def tempered_loss(model, inputs, targets, temperature):
     return loss, flat(weights_of(model)).clone()
 
 
-@pytest.mark.parametrize("temperature", [200.0, 1.0, 0.5])
+@pytest.mark.parametrize("temperature", [200.0, 0.5])
 @pytest.mark.parametrize("smooth", [True, False])
 def test_grasp_against_the_dense_hessian(temperature, smooth):
     model, (inputs, targets) = two_layers(smooth=smooth), batch()
@@ -167,11 +159,10 @@ def test_grasp_against_the_dense_hessian(temperature, smooth):
     torch.testing.assert_close(flat(absolute.values()), expected.abs(), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"stride": 2}, {"padding": 1, "bias": False}, {"padding": "same"}, {"dilation": 2}, {"groups": 2}],
-    ids=str,
-)
+OPTIONS = [{}, {"stride": 2}, {"padding": 1, "bias": False}, {"padding": "same"}, {"dilation": 2}, {"groups": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("affine", [True, False])
 def test_grasp_is_that_of_torch_through_convolutions_and_batch_norm(options, affine):
     torch.manual_seed(0)
@@ -189,12 +180,11 @@ def test_grasp_is_that_of_torch_through_convolutions_and_batch_norm(options, aff
         return torch.autograd.grad(g, parameters, grad_outputs=[each.detach() for each in g])
 
     weights = list(pu.prunable_weights(model).values())
-    for asked in (inputs, inputs.clone().requires_grad_()):  # whoever hands in the second loses nothing by it
-        found = pu.scores(model, "grasp", (asked, targets)).values()
-        for score, weight, product in zip(found, weights, by_torch(weights, 200), strict=True):
-            torch.testing.assert_close(score, (weight * product).detach(), rtol=1e-9, atol=1e-15)
+    found = pu.scores(model, "grasp", (inputs, targets)).values()
+    for score, weight, product in zip(found, weights, by_torch(weights, 200), strict=True):
+        torch.testing.assert_close(score, (weight * product).detach(), rtol=1e-9, atol=1e-15)
     parameters = list(model.parameters())  # those of batch norm get their share where they are asked for
-    found = criteria.hessian_gradient(model, parameters, [(inputs, targets, 1.0)], F.cross_entropy)
+    found = gradients.hessian_gradient(model, parameters, [(inputs, targets, 1.0)], F.cross_entropy)
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, by_torch(parameters, 1)))
 
 
@@ -296,42 +286,22 @@ def synflow_by_definition(model, inputs):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.integers(0, 10**6),
-    st.lists(st.integers(1, 5), min_size=2, max_size=4),
-    st.booleans(),
-    st.integers(1, 4),
-    st.sampled_from((torch.float32, torch.float64, torch.bfloat16)),
-)
-def test_synflow_and_its_iterations_are_those_of_the_definition(seed, widths, normalized, iterations, dtype):
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from((torch.float32, torch.float64, torch.bfloat16)))
+def test_synflow_and_its_iterations_are_those_of_the_definition(seed, normalized, dtype):
     torch.manual_seed(seed)
-    layers = []
-    for inputs, outputs in zip([2, *widths], widths):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1)] + [nn.BatchNorm2d(outputs)] * normalized + [nn.ReLU()]
-    model = nn.Sequential(*layers, nn.PReLU(), nn.Flatten(), nn.Linear(widths[-1] * 16, 3)).to(dtype)
-    x = torch.zeros(1, 2, 4, 4)
-    weights = {name: w.detach().clone() for name, w in pu.prunable_weights(model).items()}
+    norm = [nn.BatchNorm2d(3)] * normalized
+    layers = [nn.Conv2d(2, 3, 3, padding=1), *norm, nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1), nn.PReLU(), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(64, 3)).to(dtype), torch.zeros(1, 2, 4, 4)
     found = pu.scores(model, "synflow", x)
     for name, score in synflow_by_definition(model, x).items():
         assert torch.allclose(found[name], score, rtol=1e-12, atol=0)
-    assert all(torch.equal(w, weights[name]) for name, w in pu.prunable_weights(model).items())
-    # one iteration after the other, each removes what scores lowest, up to rounding
-    twin, total = copy.deepcopy(model), sum(w.numel() for w in weights.values())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for step in range(1, iterations + 1):
-            before, scores = pu.get_masks(twin), synflow_by_definition(twin, x)
-            density = (1 - round(0.7 * total) / total) ** (step / iterations)
-            after = pu.prune(twin, "synflow", sparsity=round(total * (1 - density)) / total, data=x)
-            gone = [s[before[n] & ~after[n]] if before else s[~after[n]] for n, s in scores.items()]
-            kept = flat(score[after[name]] for name, score in scores.items())
-            assert flat(gone).max() <= kept.min() * (1 + 1e-12)
-        masks = pu.prune(model, "synflow", sparsity=0.7, data=x, iterations=iterations)
+    twin, total = copy.deepcopy(model), pu.count(model).total
+    for step in (1, 2, 3):
+        density = (1 - round(0.7 * total) / total) ** (step / 3)
+        after = pu.prune(twin, "synflow", sparsity=round(total * (1 - density)) / total, data=x)
+    masks = pu.prune(model, "synflow", sparsity=0.7, data=x, iterations=3)
     assert masks.kept == total - round(0.7 * total)
     assert all(torch.equal(masks[name], after[name]) for name in masks)
-
-
-# --- Wanda -----------------------------------------------------------------------------------------------------------
 
 
 def test_wanda_by_hand():
@@ -355,6 +325,29 @@ def test_wanda_reads_the_channel_that_the_weight_multiplies(groups, transposed):
         output = layer(inputs)
         (matters,) = torch.autograd.grad((output * torch.randn_like(output)).sum(), layer.weight)
         torch.testing.assert_close(found, layer.weight.detach().abs() * inputs.norm() * (matters != 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", pu.list_criteria())
+def test_half_precision_gives_the_masks_of_float32(name, dtype):
+    """Squares of these inputs are no half, those of the gradients neither, and both are summed over many batches."""
+    model, (inputs, targets) = conv_net(dtype=dtype), batch(40, shape=(2, 6, 6), dtype=dtype)
+    model[7].weight.data *= 1e-3
+    data = [(400 * x, y) for x, y in zip(inputs.split(1), targets.split(1))]
+    arguments = arguments_of(name, data, conv_net(8).to(dtype))
+    exact, before = copy.deepcopy(model).float(), state_of(model)
+    pu.scores(model, name, **arguments)
+    assert_same_state(before, state_of(model))
+    masks = pu.prune(model, name, 0.5, **arguments)
+    arguments = arguments_of(name, [(x.float(), y) for x, y in data], conv_net(8).to(dtype))
+    wanted = pu.prune(exact, name, 0.5, **arguments)
+    assert all(torch.equal(masks[key], wanted[key]) for key in wanted)
+
+
+def test_sums_over_many_batches_do_not_saturate():
+    model, ones = nn.Sequential(nn.Linear(2, 2)).bfloat16(), torch.ones(1, 2, dtype=torch.bfloat16)
+    found = pu.scores(model, "wanda", [ones] * 1024)["0.weight"]
+    assert torch.equal(found, 32 * model[0].weight.detach().float().abs())
 
 
 # --- No trace --------------------------------------------------------------------------------------------------------
@@ -420,42 +413,22 @@ def test_scores_on_a_gpu(name):
         torch.testing.assert_close(there[key].cpu(), score, rtol=1e-8, atol=1e-14)
 
 
-# --- Criteria of one's own, and errors -------------------------------------------------------------------------------
-
-
-def test_a_registered_criterion_of_ten_lines(monkeypatch):
-    monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))
-
-    @pu.criterion
-    def distance(model, weights, centre, power=1):
-        """How far the weight is from `centre`."""
-        return {name: (weight - centre).abs() ** power for name, weight in weights.items()}
-
-    model = two_layers()
-    assert pu.list_criteria()[-1] == "distance"
-    assert_scores(pu.scores(model, "distance", centre=1, power=2), [(w - 1) ** 2 for w in weights_of(model)])
-    with pytest.raises(ValueError, match="'distance' needs centre"):
-        pu.scores(model, "distance")
-    with pytest.raises(TypeError, match="no option middle; its own: .*centre"):
-        pu.scores(model, "distance", middle=1)
-
-
-@pytest.mark.parametrize("name", pu.list_criteria())
+@pytest.mark.parametrize("name", [name for name in pu.list_criteria() if name not in DATA_FREE])
 def test_what_is_missing_or_not_finite_is_an_error(name):
     model, (inputs, targets) = two_layers(), batch()
     with pytest.raises(TypeError, match=f"'{name}' has no option temprature"):
         pu.scores(model, name, (inputs, targets), temprature=3)
-    if name in DATA_FREE:
-        return
     with pytest.raises(ValueError, match=f"'{name}' needs {'reference' if name == 'movement' else 'data'}"):
         pu.scores(model, name)
-    if name in ("synflow", "movement"):
+    if name == "movement":
         return
     with pytest.raises(ValueError, match="no sample"):
         pu.scores(model, name, [])
+    if name == "synflow":
+        return
     for bad in (torch.nan, torch.inf):
         inputs[0, 0] = bad
         before = [w.clone() for w in weights_of(model)]
-        with pytest.raises(ValueError, match=r"scores of 0\.weight are NaN or infinite"):
+        with pytest.raises(ValueError, match=r"0.weight has \d+ of 20 scores that are NaN or infinite"):
             pu.prune(model, name, sparsity=0.5, data=(inputs, targets), iterations=2)
         assert all(torch.equal(a, b) for a, b in zip(before, weights_of(model))) and not pu.get_masks(model)

@@ -33,9 +33,7 @@ def test_saturating_activations_score_as_a_relu_does(activation):
     assert all((score > 0).all() for score in expected.values())
 
 
-@pytest.mark.parametrize(
-    "activation", [nn.Sigmoid(), nn.Hardsigmoid(), nn.Hardsigmoid(True), torch.sigmoid, lambda x: x.sigmoid_()]
-)
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Hardsigmoid(), torch.sigmoid, lambda x: x.sigmoid_()])
 def test_flow_through_sigmoids_is_conserved(activation):
     """What enters a layer leaves it (Tanaka et al. 2020): the scores of each layer add up to R."""
     first, second = (score.sum().item() for score in flow(activation).values())
@@ -51,7 +49,7 @@ def test_where_no_flow_passes_is_reported():
     with pytest.warns(UserWarning, match="calls layer_norm, softmax, which give the same for any multiple"):
         pu.scores(model, "synflow", torch.zeros(1, 4))
     tokens = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
-    with pytest.raises(ValueError, match="torch.int64 inputs are looked up in an embedding"):
+    with pytest.raises(ValueError, match="synflow sends ones in float64.*indices.*begin behind the embedding"):
         pu.scores(tokens, "synflow", torch.zeros(1, 3, dtype=torch.long))
 
 
