@@ -1,154 +1,123 @@
-"""How much of a network is left after its least important units are gone: filters, parameters or MACs, in closed form.
-
-Each quantity is a sum of terms: an amount, times the fraction that is kept of each layer and role it depends on. The
-weight of a convolution depends on its own filters and on the channels it reads; a product of attention, on the heads.
-"""
+"""In which order the units of a network go, and how many, until enough filters, parameters or MACs are gone."""
 
 import bisect
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from .._torch import Inputs, hooked
 from ..costs import _count_macs
-from ..target import Modules, Target
-from .slicing import Key, cuts_of, kind_of_attention, size_of
+from ..target import Target
+from .slicing import Key, kind_of_attention, tensor_cuts
 from .surgery import Group
 
 QUANTITIES = ("filters", "parameters", "macs")
-_NEVER = np.iinfo(np.int64).max  # the rank of a unit that never goes
-Term = tuple[int, Sequence[Key]]  # an amount, and what it depends on
-
-
-def terms_of(target: Target, groups: list[Group], of: str, inputs: torch.Tensor) -> list[Term]:
-    """Return the terms of a quantity of a model; those of the filters are over the filters that may go."""
-    if of == "filters":
-        roles = {part.layer: part.role for group in groups for part in group.parts if part.role != "in"}
-        filters = [each for group in groups for each in zip(group.layers, group.filters)]
-        return [(len(rows), [(layer, roles[layer])]) for layer, (_, rows, _) in filters]
-    cutting: dict[str, list[Key]] = {}
-    for layer, role in sorted({(part.layer, part.role) for group in groups for part in group.parts}):
-        module = target.modules[layer]
-        for name, _, _ in cuts_of(module, role, torch.arange(0), size_of(module, role)):
-            cutting.setdefault(f"{layer}.{name}".lstrip("."), []).append((layer, role))
-    if of == "parameters":
-        return [(p.numel(), cutting.get(name, ())) for name, p in target.model.named_parameters()]
-    return _mac_terms(target, cutting, inputs)
-
-
-def _mac_terms(target, cutting, inputs) -> list[Term]:
-    """MACs of one input as `cost` counts them: layers, their biases, attention, and the rest, which nothing changes."""
-    _, products = _count_macs(target.model, inputs)
-    terms = [(amount, cutting.get(name, ())) for name, amount in products.dense_of.items()]
-    biases = ((name.removesuffix("weight") + "bias", amount) for name, amount in products.bias_of.items())
-    terms += [(amount, cutting.get(name, ())) for name, amount in biases]
-    for layer in {layer for keys in cutting.values() for layer, role in keys if role == "heads"}:
-        module = target.modules[layer]
-        is_torch, width = kind_of_attention(module) == "torch", module.num_heads * module.head_dim
-        name = f"{layer}.out_proj.weight" if is_torch else f"{layer}.qkv.weight"
-        tokens = products.dense_of[name] // target.prunable[name].numel()
-        terms.append((2 * tokens * tokens * width, [(layer, "heads")]))
-        if is_torch and f"{layer}.in_proj_weight" not in target.prunable:  # made unprunable by the user
-            terms.append((tokens * module.in_proj_weight.numel(), [(layer, "heads")]))
-    return [*terms, (products.total + products.biases - sum(amount for amount, _ in terms), ())]
-
-
-def measured(target: Target, of: str, inputs: torch.Tensor) -> int:
-    """Count the parameters or MACs of a model as it is."""
-    if of == "parameters":
-        return sum(p.numel() for p in target.model.parameters())
-    _, products = _count_macs(target.model, inputs)
-    return products.total + products.biases
+_NEVER = np.iinfo(np.int64).max  # the place of a unit that never goes
 
 
 @dataclass(frozen=True)
 class Order:
-    """All units from the least important on, and which of them every layer's channels belong to."""
+    """All units from the least important on, as the place in that order of what belongs to them."""
 
     n_units: int  # those that may go
-    ranks: dict[Key, np.ndarray]  # for each channel of a layer and role, the place of its unit in that order
-    sizes: dict[Key, int]
-    terms: list[Term]  # of the quantity that a ratio is a fraction of
+    channels: dict[Key, np.ndarray]  # of each channel of a layer and role
+    filters: np.ndarray  # of each filter
 
     def only(self, group: Group) -> "Order":
         """Return the same order, in which nothing but the units of this group ever goes."""
-        ranks = {}
-        for part in group.parts:
-            key = part.layer, part.role
-            ranks.setdefault(key, np.full(self.sizes[key], _NEVER))
-            ranks[key][part.index] = self.ranks[key][part.index]
-        return dataclasses.replace(self, ranks=ranks)
+        channels = {key: np.where(units < 0, _NEVER, self.channels[key]) for key, units in group.channels.items()}
+        return dataclasses.replace(self, channels=channels)
 
     def kept(self, n_units: int) -> dict[Key, torch.Tensor]:
         """Return {(layer, role): indices of what stays} once the first `n_units` are gone, where something goes."""
-        masks = {key: ranks >= n_units for key, ranks in self.ranks.items()}
+        masks = {key: places >= n_units for key, places in self.channels.items()}
         return {key: torch.from_numpy(np.flatnonzero(mask)) for key, mask in masks.items() if not mask.all()}
 
-    def amount(self, n_units: int) -> int:
-        """Return what is left of the quantity once the first `n_units` are gone."""
-        left = {key: int(np.count_nonzero(ranks >= n_units)) for key, ranks in self.ranks.items()}
-        total = 0
-        for amount, keys in self.terms:
-            for key in keys:
-                if key in left:
-                    amount = amount * left[key] // self.sizes[key]
+
+class Budget:
+    """How much is left of a quantity once the first units of an order are gone, from what each tensor has part in."""
+
+    def __init__(self, target: Target, order: Order, of: str, inputs: Inputs):
+        self._target, self._order, self._of, self._inputs = target, order, of, inputs
+        self._shapes = {name: p.shape for name, p in target.model.named_parameters()}
+        self._amounts = [(shape.numel(), name) for name, shape in self._shapes.items()]
+        if of == "macs":
+            self._amounts = _macs(target, inputs)
+
+    def left(self, n_units: int) -> int:
+        """Return what is left once the first `n_units` are gone."""
+        if self._of == "filters":
+            return int((self._order.filters >= n_units).sum())
+        cuts, total = tensor_cuts(self._target.modules, self._order.kept(n_units)), 0
+        for amount, name in self._amounts:
+            for dim, index in cuts.get(name, ()):
+                amount = amount * len(index) // self._shapes[name][dim]
             total += amount
         return total
 
+    def measured(self, n_units: int) -> int:
+        """Return what is left now that they are gone: filters that are called in unusual ways cost something else."""
+        if self._of == "parameters":
+            return sum(p.numel() for p in self._target.model.parameters())
+        return self.left(n_units) if self._of == "filters" else sum(n for n, _ in _macs(self._target, self._inputs))
+
     def step(self, n_units: int) -> int:
         """Return how much the last unit before, or the first one after this place takes with it, whichever is more."""
-        amounts = [self.amount(n) for n in range(max(0, n_units - 1), min(n_units + 1, self.n_units) + 1)]
-        return max((more - less for more, less in zip(amounts, amounts[1:])), default=0)
+        left = [self.left(n) for n in range(max(0, n_units - 1), min(n_units + 1, self._order.n_units) + 1)]
+        return max((more - less for more, less in zip(left, left[1:])), default=0)
 
-    def nearest(self, target: float) -> int:
-        """Return how many units have to go so that what is left is as near to `target` as whole units allow."""
-        n_units = bisect.bisect_left(range(self.n_units), -target, key=lambda n: -self.amount(n))
-        is_too_far = n_units > 0 and self.amount(n_units - 1) - target <= target - self.amount(n_units)
-        return n_units - is_too_far
-
-
-def staying_units(groups: list[Group], min_density: float) -> dict[str, int]:
-    """Return how many units stay in any case, for each layer."""
-    counts = {layer: group.n_units for group in groups for layer in group.layers}
-    return {layer: max(1, math.ceil(round(min_density * n_units, 9))) for layer, n_units in counts.items()}
+    def nearest(self, wanted: float) -> int:
+        """Return how many units have to go so that what is left is as near to `wanted` as whole units allow."""
+        n_units = bisect.bisect_left(range(self._order.n_units), -wanted, key=lambda n: -self.left(n))
+        return min((max(0, n_units - 1), n_units), key=lambda n: abs(self.left(n) - wanted))
 
 
-def order_units(
-    modules: Modules,
-    groups: list[Group],
-    scores: Mapping[str, torch.Tensor],
-    staying: Mapping[str, int],
-    terms: list[Term],
-) -> Order:
+def _macs(target, inputs) -> list[tuple[int, str]]:
+    """MACs of one input as `cost` counts them, each with the tensor whose size they depend on, "" for none."""
+    attention = {module: name for name, module in target.modules.items() if kind_of_attention(module)}
+    amounts = []
+
+    def note(module, args):
+        is_torch, width = kind_of_attention(module) == "torch", module.num_heads * module.head_dim
+        query, key = args[0], args[1] if is_torch else args[0]
+        sequences = 1 if query.ndim == 2 else query.shape[0 if getattr(module, "batch_first", True) else 1]
+        rows, columns = (each.numel() // each.shape[-1] for each in (query, key))  # of all sequences, such as windows
+        tensor = f"{attention[module]}.{'in_proj_weight' if is_torch else 'proj.weight'}".lstrip(".")
+        amounts.append((2 * rows * columns // sequences * width, tensor))
+
+    with hooked(attention, note):
+        _, products = _count_macs(target.model, inputs)
+    amounts += [(n, name) for name, n in products.dense_of.items()]
+    amounts += [(n, name.removesuffix("weight") + "bias") for name, n in products.bias_of.items()]
+    return [*amounts, (products.total + products.biases - sum(n for n, _ in amounts), "")]
+
+
+def order_units(groups: list[Group], scores: Mapping[str, torch.Tensor], staying: Mapping[str, int]) -> Order:
     """Order all units by the mean score of their filters, ties by position; the best of each group never go."""
     means = [_mean_scores(group, scores) for group in groups]
     starts = np.cumsum([0, *map(len, means)])
-    # A depthwise convolution of a single channel is an ordinary one, which was in no group before.
-    n_staying = [max(staying.get(layer, 1) for layer in group.layers) for group in groups]
+    n_staying = [max(staying[layer] for layer in group.layers) for group in groups]
     stays = [start + np.argsort(mean, kind="stable")[-n:] for start, mean, n in zip(starts, means, n_staying)]
     score = np.concatenate(means)
     may_go = np.setdiff1d(np.arange(len(score)), np.concatenate(stays))
-    rank = np.full(len(score), _NEVER)
-    rank[may_go[np.argsort(score[may_go], kind="stable")]] = np.arange(len(may_go))
-    ranks = {}
+    place = np.full(len(score) + 1, _NEVER)  # the last is that of channels without a unit
+    place[may_go[np.argsort(score[may_go], kind="stable")]] = np.arange(len(may_go))
+    channels, filters = {}, []
     for start, group in zip(starts, groups):
-        for part in group.parts:
-            key = part.layer, part.role
-            ranks.setdefault(key, np.full(size_of(modules[part.layer], part.role), _NEVER))
-            ranks[key][part.index] = np.minimum(ranks[key][part.index], rank[start + part.unit])
-    return Order(len(may_go), ranks, {key: len(each) for key, each in ranks.items()}, terms)
+        for key, units in group.channels.items():
+            places = place[np.where(units < 0, -1, start + units)]
+            channels[key] = np.minimum(channels.get(key, places), places)
+        filters += [place[start + units] for units in group.filters.values()]
+    return Order(len(may_go), channels, np.concatenate(filters))
 
 
 def _mean_scores(group, scores) -> np.ndarray:
     """The score of each unit."""
-    sums, counts = np.zeros(group.n_units), np.zeros(group.n_units)
-    for name, rows, unit in group.filters:
-        if name in scores:
-            np.add.at(sums, unit, scores[name].double().cpu().numpy()[rows])
-            np.add.at(counts, unit, 1)
-    if not counts.all():
+    known = [(units, scores[name].double().cpu().numpy()) for name, units in group.filters.items() if name in scores]
+    if not known:
         raise ValueError(f"the criterion gives no scores for {', '.join(group.layers)}; exclude these layers")
-    return sums / counts
+    units, scores = map(np.concatenate, zip(*known))
+    return np.bincount(units, scores) / np.bincount(units)

@@ -12,7 +12,6 @@ from torch import nn
 from .. import _checks
 from .._evaluation import of_returned
 from .._torch import batches, derive_seed
-from ..pruning import Schedule
 from ..training import optimizers
 from ..training.batches import epochs_of
 from ..training.loop import check_arguments, fit
@@ -29,7 +28,7 @@ def gradual_filters(
     test: object = None,
     criterion: Criterion = "mag_based",
     ratio: float | Sequence[float] = 0.5,
-    rounds: int | None = None,
+    rounds: int = 5,
     epochs: int = 10,
     *,
     warmup_epochs: int = 0,
@@ -41,7 +40,6 @@ def gradual_filters(
     weight_decay: float = 0.0,
     preserve_momentum: bool = False,
     of: str = "filters",
-    schedule: str | Schedule = "front_loaded",
     data: object = None,
     exclude: str | Iterable[str] = (),
     min_density: float = 0.0,
@@ -51,28 +49,23 @@ def gradual_filters(
 ) -> "pd.DataFrame":
     """Train, remove filters in rounds with training before each, and train to the end (Lubana and Dick 2021).
 
-    All stages share one optimizer, which is bound to the new parameters after each removal.
+    All stages share one optimizer, bound to the new parameters after each removal; errors come before the training.
 
     Args:
         model: Any classifier; it is trained and gets smaller in place.
         train, test, optimizer, lr, weight_decay: As for `fit`.
-        criterion, of, schedule, exclude, min_density: As for `prune_filters`; the criterion "biased_loss_tracked"
+        criterion, ratio, rounds, of, exclude, min_density: As for `prune_filters`; the criterion "biased_loss_tracked"
             follows the training.
-        ratio, rounds: As for `prune_filters`; by default as many rounds as `ratio` lists, or 5.
         epochs, warmup_epochs, epochs_each: After the last removal, before the first round, and in each before removing.
         lr_prune: The learning rate of the rounds; by default that of the other stages.
         lr_schedule: The learning rate of each step of the final training, as for `fit`.
         preserve_momentum: Whether the optimizer keeps its state for the filters that are left.
-        data: What a criterion that needs data gets; by default 20 batches of `train`.
-        options: Options of the criterion, such as `{"temperature": 1}`.
+        data, options: What a criterion gets, by default 20 batches of `train`, and such as `{"temperature": 1}`.
         seed, **fit_options: As for `fit`, such as `batch_size`. Stage n has the seed `derive_seed(seed, n)`.
 
     Returns:
         A row per epoch as from `fit`, with `epoch` counted through and the columns `stage` ("warm-up", "pruning" or
         "final"), `round` (of the removal that follows, or the last) and `parameters`.
-
-    Raises:
-        ValueError: As `prune_filters` and `fit` do, before the training starts.
 
     Example:
         >>> train, test = pu.data.load("digits")
@@ -91,21 +84,18 @@ def gradual_filters(
         tracking, options = track_importance(model, **options), {}
     new_epoch, _ = epochs_of(train, fit_options.get("batch_size", 128), seed)
     data = list(islice(new_epoch(), 20)) if data is None else list(data) if isinstance(data, Iterator) else data
-    if rounds is None:
-        rounds = len(ratio) if isinstance(ratio, Sequence) else 5
-    last = ratios_of(ratio, rounds, schedule)[-1]
+    ratios = ratios_of(ratio, rounds)
     loss_fn = of_returned(fit_options.get("loss_fn"), fit_options.get("output"))
     bind(criterion, data, next(iter(batches(data)))[0], loss_fn, seed, options)
     removing = {"of": of, "data": data, "exclude": exclude, "min_density": min_density}
-    prune_filters(copy.deepcopy(model), "mag_based", last, **removing)  # what cannot be done shows before the training
+    prune_filters(
+        copy.deepcopy(model), "mag_based", ratios[-1], **removing
+    )  # what cannot be done shows before the training
     tables: list = []
 
-    def set_rates(rate=None):
+    def train_stage(stage, number, n_epochs, rate=None, lr_schedule="constant"):
         for group, own in zip(stepping.param_groups, rates):
             group["lr"] = own if rate is None else rate
-
-    def train_stage(stage, number, n_epochs, rate=None, lr_schedule="constant"):
-        set_rates(rate)
         size, so_far = sum(p.numel() for p in model.parameters()), sum(map(len, tables))
         stage_seed = derive_seed(seed, len(tables))
         table = fit(model, train, test, n_epochs, stepping, lr_schedule=lr_schedule, seed=stage_seed, **fit_options)
@@ -113,7 +103,7 @@ def gradual_filters(
         tables.append(table.assign(stage=stage, round=number, parameters=size))
 
     def train_on(_, number):
-        if number < rounds:
+        if number < len(ratios):
             train_stage("pruning", number + 1, epochs_each, lr_prune)
 
     if warmup_epochs:
@@ -121,9 +111,8 @@ def gradual_filters(
     with tracking or contextlib.nullcontext(criterion) as chosen:
         train_stage("pruning", 1, epochs_each, lr_prune)
         removing |= {"optimizer": stepping, "preserve_momentum": preserve_momentum, "loss_fn": loss_fn, "seed": seed}
-        prune_filters(model, chosen, ratio, None, rounds, schedule=schedule, on_round=train_on, **removing, **options)
-    train_stage("final", rounds, epochs, lr_schedule=lr_schedule)
-    set_rates()
+        prune_filters(model, chosen, ratios, on_round=train_on, **removing, **options)
+    train_stage("final", len(ratios), epochs, lr_schedule=lr_schedule)
     import pandas as pd
 
     return pd.concat(tables, ignore_index=True)

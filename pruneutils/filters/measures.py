@@ -1,32 +1,29 @@
 """How much a filter matters: a criterion, and how its scores within a filter become one. High scores stay.
 
-Any criterion will do: `@pu.criterion` registers one's own. Here its `weights` are those of all layers with filters, and
-it may name `example_inputs` too. `MEASURES` lists the names of Lubana and Dick 2021, "A gradient flow framework for
-analyzing network pruning", with the defaults of its code. w is a weight, g the gradient of the loss of logits divided
-by a temperature, H its Hessian.
+Any criterion will do; its `weights` are those of all layers with filters, and it may name `example_inputs` too. The
+names in `MEASURES` are those of Lubana and Dick 2021, "A gradient flow framework for analyzing network pruning", with
+its defaults. w is a weight, g the gradient of the loss of logits divided by a temperature, H its Hessian.
 """
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
-from torch.autograd import grad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .._checks import fraction, is_pair, whole
-from .._torch import batches, generator, hooked, in_mode
+from .._checks import fraction, is_pair, shapes, whole
+from .._torch import Inputs, batches, forward, generator, in_mode, take, to_device
 from ..pruning import criteria
-from ..target import Modules, Target
+from ..target import Target
 from .rebinding import sliced
-from .slicing import FILTERING, is_transposed, kind_of_attention, removed_cuts
+from .slicing import FILTERING, is_transposed, removed_cuts
+from .surgery import Trace
 
 Scores = dict[str, torch.Tensor]
 Criterion = str | Callable[..., Scores]
-
-# --- Criteria of the framework ---------------------------------------------------------------------------------------
 
 
 def first_order(model, weights, data, loss_fn, temperature=5.0, n_samples=2560):
@@ -54,9 +51,8 @@ def biased_loss_tracked(model, weights, data, loss_fn, temperature=5.0, alpha=0.
 def fisher_of_batches(model, weights, data, loss_fn, temperature=5.0, n_samples=2560):
     """w^2 F, with F the mean over batches of the squared gradient of a batch."""
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for inputs, targets, share in criteria.shares(first_samples(data, n_samples), weights):
-        loss = loss_fn(model(inputs) / temperature, targets)
-        for name, g in zip(weights, grad(loss, list(weights.values()), materialize_grads=True)):
+    for *batch, share in criteria.shares(first_samples(data, n_samples), weights):
+        for name, g in criteria.gradients(model, weights, [tuple(batch)], softened(loss_fn, temperature)).items():
             total[name] += share * g.square()
     return {name: w.detach().square() * total[name] for name, w in weights.items()}
 
@@ -94,9 +90,6 @@ def uniform(model, weights, seed):
     return {name: torch.rand(size, generator=drawn).to(weights[name].device) for name, size in sizes.items()}
 
 
-# --- The published names ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Measure:
     """A published measure of filters: its formula, a criterion, and how scores within a filter become one."""
@@ -104,14 +97,13 @@ class Measure:
     formula: str
     criterion: Callable[..., Scores]
     reduction: str = "sum"
-    options: Mapping[str, object] = field(default_factory=dict)  # defaults that differ from the criterion's own
 
 
 REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of (filters, weights), in float64
-    "sum": lambda rows: rows.double().sum(1),
-    "sum of magnitudes": lambda rows: rows.abs().double().sum(1),
-    "magnitude of the sum": lambda rows: rows.double().sum(1).abs(),
-    "norm": lambda rows: rows.square().double().sum(1).sqrt(),
+    "sum": lambda rows: rows.sum(1, dtype=torch.float64),
+    "sum of magnitudes": lambda rows: rows.abs().sum(1, dtype=torch.float64),
+    "magnitude of the sum": lambda rows: rows.sum(1, dtype=torch.float64).abs(),
+    "norm": lambda rows: torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64),
 }
 MEASURES: dict[str, Measure] = {
     "mag_based": Measure("||w||, the L2 norm", criteria.magnitude, "norm"),
@@ -123,13 +115,10 @@ MEASURES: dict[str, Measure] = {
     "fisher": Measure("sum w^2 F (Theis et al. 2018)", fisher_of_batches),
     "nvidia": Measure("gamma^2 F + beta^2 F of the batch norm that follows (Molchanov et al. 2019)", fisher_behind),
     "grasp": Measure("sum w (H g), signed (Wang et al. 2020)", gradient_flow),
-    "grad_preserve": Measure("|sum w (H g)|", gradient_flow, "magnitude of the sum", {"temperature": 1.0}),
+    "grad_preserve": Measure("|sum w (H g)|", partial(gradient_flow, temperature=1.0), "magnitude of the sum"),
     "biased_loss_tracked": Measure("moving average of biased_loss over batches", biased_loss_tracked),
     "random": Measure("U(0, 1)", uniform),
 }
-
-
-# --- Scoring without a trace -----------------------------------------------------------------------------------------
 
 
 def filter_scores(
@@ -137,7 +126,7 @@ def filter_scores(
     criterion: Criterion = "mag_based",
     data: object = None,
     *,
-    example_inputs: torch.Tensor | None = None,
+    example_inputs: Inputs | None = None,
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     seed: int = 0,
     **options: object,
@@ -153,11 +142,8 @@ def filter_scores(
         **options: Options of the measure: temperature, n_samples, reference, alpha, track_batches.
 
     Returns:
-        {weight name: one score a filter, shape (filters,)}, higher = keep. The filters of `nn.MultiheadAttention` are
-        the rows of its "in_proj_weight".
-
-    Raises:
-        ValueError: For an unknown measure, missing data, and scores of another shape, NaN or infinite.
+        {weight name: one score a filter}, higher = keep; a ValueError names what is NaN or of another shape. The
+        filters of `nn.MultiheadAttention` are the rows of its "in_proj_weight".
 
     Example:
         >>> model = pu.models.create("lenet5")
@@ -170,21 +156,21 @@ def filter_scores(
 
 def score_filters(target: Target, criterion, data, example_inputs, loss_fn, seed, options) -> Scores:
     """Return `filter_scores` of the model of a `Target`."""
-    weights = filter_weights(target.modules)
+    model, modules, weights = target.model, target.modules, filter_weights(target)
     chosen, reduction = bind(criterion, data, example_inputs, loss_fn, seed, options, weights)
     if not weights:
-        raise ValueError(f"{type(target.model).__name__} has no convolution or linear layer: no filter to score")
-    with criteria.untouched(target.model, seed=seed, differentiable=weights.values()):
-        found = chosen.call(target.model)
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer: no filter to score")
+    with criteria.untouched(model, seed=seed, differentiable=weights.values()):
+        found = chosen.call(model)
     scores = {name: score for name, score in found.items() if name in weights}
     for name, score in scores.items():
-        n_filters = len(_rows(target.modules, name, weights[name]))
+        n_filters = len(_rows(modules, name, weights[name]))
         if score.shape == weights[name].shape and score.ndim > 1:
-            score = reduced(target.modules, {name: score}, reduction)[name]
+            score = REDUCTIONS[reduction](_rows(modules, name, score))
         if score.shape != (n_filters,):
             raise ValueError(f"criterion {chosen.name!r}: {name} has {n_filters} filters, scores {tuple(score.shape)}")
-        if n_bad := n_filters - int(torch.isfinite(score).count_nonzero()):
-            raise ValueError(f"criterion {chosen.name!r}: {n_bad} of {n_filters} scores of {name} are NaN or infinite")
+        if not torch.isfinite(score).all():
+            raise ValueError(f"criterion {chosen.name!r}: scores of {name} are NaN or infinite")
         scores[name] = score.detach()
     return scores
 
@@ -193,24 +179,14 @@ def bind(criterion, data, example_inputs, loss_fn, seed, options, weights=None) 
     """Give a measure everything but the model, and look up its reduction; wrong arguments raise here."""
     known = criteria.CRITERIA | {name: measure.criterion for name, measure in MEASURES.items()}
     published = MEASURES.get(criterion) if isinstance(criterion, str) else None
-    options = {**published.options, **options} if published else options
     bound = criteria.bind(criterion, data, loss_fn, seed, options, weights, known=known, example_inputs=example_inputs)
     return bound, published.reduction if published else "sum"
 
 
-def filter_weights(modules: Modules) -> dict[str, nn.Parameter]:
-    """Return {weight name: weight} of all layers with filters, in module order, shared ones once."""
-    weights, seen = {}, set()
-    for layer, module in modules.items():
-        attribute = "in_proj_weight" if kind_of_attention(module) == "torch" else "weight"
-        weight = module._parameters.get(attribute) if isinstance(module, (*FILTERING, nn.MultiheadAttention)) else None
-        if weight is not None and 0 not in weight.shape and id(weight) not in seen:
-            seen.add(id(weight))
-            weights[f"{layer}.{attribute}".lstrip(".")] = weight
-    return weights
-
-
-# --- Followed through a training --------------------------------------------------------------------------------------
+def filter_weights(target: Target) -> dict[str, nn.Parameter]:
+    """Return {weight name: weight} of all prunable layers with filters, in module order, shared ones once."""
+    weights = {name: w for name, w in target.prunable.items() if 0 not in w.shape}
+    return {n: w for n, w in weights.items() if isinstance(target.module(n), (*FILTERING, nn.MultiheadAttention))}
 
 
 class track_importance:
@@ -232,9 +208,9 @@ class track_importance:
 
     def __init__(self, model: nn.Module, alpha: float = 0.8, track_batches: int = 20, reference: object = None):
         self.alpha = fraction("alpha", alpha)
-        self._model, self._reference = weakref.ref(model), reference
+        self._model, self._reference = model, reference
         self._history: deque[Scores] = deque(maxlen=whole("track_batches", track_batches))
-        biases(model, filter_weights(dict(model.named_modules())), reference)
+        biases(model, filter_weights(Target.of(model, strict=False)), reference)
 
     def __enter__(self) -> "track_importance":
         self._hook = register_optimizer_step_post_hook(self._after_step)
@@ -244,18 +220,16 @@ class track_importance:
         self._hook.remove()
 
     def _after_step(self, optimizer, *_) -> None:
-        model = self._model()
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        if model is not None and any(id(p) in stepped for p in model.parameters()):
-            weights = filter_weights(dict(model.named_modules()))
+        if any(id(p) in stepped for p in self._model.parameters()):
+            weights = filter_weights(Target.of(self._model, strict=False))
             self.add(weights, {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in weights.items()})
 
     def add(self, weights: Mapping[str, nn.Parameter], gradients: Mapping[str, torch.Tensor]) -> None:
         """Take the next batch into the average."""
-        model = self._model()
-        factors = biases(model, weights, self._reference)
+        factors, modules = biases(self._model, weights, self._reference), dict(self._model.named_modules())
         products = {name: factors[name] * (w.detach() * gradients[name]).abs() for name, w in weights.items()}
-        scores = reduced(dict(model.named_modules()), products)
+        scores = {name: REDUCTIONS["sum"](_rows(modules, name, product)) for name, product in products.items()}
         if self._history and any(self._history[-1][name].shape != score.shape for name, score in scores.items()):
             self._history.clear()
         self._history.append(scores)
@@ -268,14 +242,6 @@ class track_importance:
         for scores in later:
             total = {name: self.alpha * scores[name] + (1 - self.alpha) * old for name, old in total.items()}
         return total
-
-
-# --- What measures are made of ---------------------------------------------------------------------------------------
-
-
-def reduced(modules: Modules, scores: Mapping[str, torch.Tensor], reduction: str = "sum") -> Scores:
-    """Make one score a filter of the scores of its weights."""
-    return {name: REDUCTIONS[reduction](_rows(modules, name, score)) for name, score in scores.items()}
 
 
 def _rows(modules, name, tensor) -> torch.Tensor:
@@ -291,11 +257,10 @@ def biases(model: nn.Module, weights: Mapping[str, nn.Parameter], reference: obj
     state = reference.state_dict() if isinstance(reference, nn.Module) else reference
     cuts, factors = removed_cuts(model), {}
     for name, w in weights.items():
-        if name not in state:
-            raise ValueError(f"reference has no {name!r}")
-        first = state[name] if state[name].shape == w.shape else sliced(state[name], cuts.get(name, []))
-        if first.shape != w.shape:
-            raise ValueError(f"reference: {name} has shape {tuple(first.shape)}, in the model {tuple(w.shape)}")
+        first = state.get(name)
+        first = first if first is None or first.shape == w.shape else sliced(first, cuts.get(name, []))
+        if first is None or first.shape != w.shape:
+            raise ValueError(f"reference has no {name!r} of the model's shape {tuple(w.shape)}")
         factors[name] = (w.detach() - first.to(w)).abs()
     return factors
 
@@ -309,8 +274,8 @@ def first_samples(data: object, n_samples: int) -> list[tuple[torch.Tensor, torc
     """Return the batches of the first `n_samples` samples."""
     parts, left = [], whole("n_samples", n_samples)
     for inputs, targets in batches(data):
-        parts.append((inputs[:left], targets[:left]))
-        left -= len(parts[-1][1])
+        parts.append((take(inputs, slice(left)), targets[:left]))
+        left -= len(targets)
         if left <= 0:
             break
     return parts
@@ -320,40 +285,28 @@ def _classes(model, weights, data, n_samples) -> list[tuple[torch.Tensor, torch.
     """A batch a class, of its first samples, equally many of each where there are enough."""
     found, n_each, n_classes = {}, 0, 0
     for inputs, targets in batches(data):
+        if not torch.is_tensor(inputs) or targets.ndim != 1:
+            raise ValueError(f"as many samples of each class need targets (N,) and a tensor, not {shapes(targets)}")
         if not found:
             with torch.no_grad():
-                n_classes = model(inputs[:1].to(next(iter(weights.values())).device)).shape[-1]
+                n_classes = forward(model, inputs[:1].to(next(iter(weights.values())).device)).shape[-1]
             n_each = max(1, n_samples // n_classes)
         for c in targets.unique().tolist():
-            before = found.get(c, inputs[:0])
-            found[c] = torch.cat([before, inputs[targets == c][: n_each - len(before)]])
+            found[c] = torch.cat([found.get(c, inputs[:0]), inputs[targets == c]])[:n_each]
         if len(found) == n_classes and all(len(inputs) == n_each for inputs in found.values()):
             break
-    if not found:
-        raise ValueError("data holds no sample")
     return [(inputs, torch.full((len(inputs),), c)) for c, inputs in sorted(found.items())]
 
 
-def norms_behind(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: torch.Tensor) -> dict[str, nn.Module]:
-    """Return {weight name: the batch norm behind its layer}, with nothing but operations of one input in between."""
-    modules, outputs, found = dict(model.named_modules()), {}, {}
-    names = {modules[name.rpartition(".")[0]]: name for name in weights}
-    layers = [module for module in names if isinstance(module, FILTERING)]
-    norms = [m for m in modules.values() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine]
-
-    def gives(module, args, output):
-        outputs[output.grad_fn] = names[module]
-
-    def reads(norm, args):
-        node = args[0].grad_fn
-        while node is not None and node not in outputs:
-            before = [n for n, _ in node.next_functions if n is not None and "AccumulateGrad" not in n.name()]
-            node = before[0] if len(before) == 1 else None
-        if node is not None:
-            found.setdefault(outputs[node], norm)
-
-    with hooked(layers, gives, after=True), hooked(norms, reads):
-        model(inputs.to(next(iter(weights.values())).device))
+def norms_behind(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Inputs) -> dict[str, nn.Module]:
+    """Return {weight name: the first batch norm that reads its channels}; those of a sum count as of its last layer."""
+    target = Target.of(model, strict=False)
+    trace, found = Trace(target, to_device(inputs, next(iter(weights.values())).device)), {}
+    layers = {tuple(labels): f"{layer}.weight".lstrip(".") for layer, labels in trace.filters.items()}
+    for (name, _), labels in trace.reads.items():
+        norm, weight = target.modules[name], layers.get(tuple(labels))
+        if weight and isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
+            found.setdefault(weight, norm)
     if not found:
         raise ValueError(f"{type(model).__name__} has no batch norm with a scale behind any layer: use another measure")
     return found

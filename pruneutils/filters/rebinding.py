@@ -20,15 +20,12 @@ def rebind_optimizer(
     """Bind an optimizer to the parameters that `prune_filters` has put in the place of its own.
 
     Args:
-        optimizer: Any torch optimizer, in place. Groups, learning rates and schedulers stay as they are.
-        model: The model, after the removal.
+        optimizer: Any torch optimizer but LBFGS, in place. Groups, learning rates and schedulers stay as they are.
+        model: The model, after the removal; a ValueError says if the optimizer holds none of its parameters.
         preserve_momentum: Whether the optimizer keeps its state for the filters that are left, or forgets it for all.
 
     Returns:
         The optimizer.
-
-    Raises:
-        ValueError: If the optimizer holds none of the model's parameters, old or new.
 
     Example:
         >>> model = pu.models.create("lenet5")
@@ -51,8 +48,6 @@ def rebind_optimizer(
                 _move_state(optimizer.state, old, new, cuts)
     for parameter in parameters if not preserve_momentum else ():
         optimizer.state.pop(parameter, None)
-    if hasattr(optimizer, "_numel_cache"):
-        optimizer._numel_cache = None  # LBFGS remembers the length of all its parameters together
     return optimizer
 
 
@@ -65,13 +60,11 @@ def sliced(tensor: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
 
 def remember(successors: Mapping[nn.Parameter, tuple[nn.Parameter, list[Cut]]]) -> None:
     """Note what stands in the place of old parameters, from now on watched for in the steps of all optimizers."""
-    _watch_steps()
+    _watch_steps(_refuse_old_parameters)
     SUCCESSORS.update(successors)
 
 
-@functools.cache  # once in a process, with the first filters that go
-def _watch_steps() -> None:
-    register_optimizer_step_pre_hook(_refuse_old_parameters)
+_watch_steps = functools.cache(register_optimizer_step_pre_hook)  # once in a process, with the first filters that go
 
 
 def _refuse_old_parameters(optimizer, *_) -> None:

@@ -1,22 +1,23 @@
 """Filters physically removed: the model gets smaller and stays an ordinary one."""
 
-import copy
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .. import _checks
-from .._torch import batches, device_of, full_float32, hooked, in_mode, own_random_state
+from .. import _checks, _torch
+from .._torch import Inputs, device_of, forward, hooked
 from ..pruning import schedules
+from ..pruning.criteria import untouched
 from ..target import Target
-from .budget import QUANTITIES, Order, measured, order_units, staying_units, terms_of
+from .budget import QUANTITIES, Budget, Order, order_units
 from .measures import Criterion, score_filters
 from .rebinding import rebind_optimizer
-from .slicing import FILTERING, Kept, cut, kind_of_attention, size_of, tensor_cuts
+from .slicing import FILTERING, Kept, cut, kind_of_attention, tensor_cuts
 from .surgery import Group, analyse
 
 if TYPE_CHECKING:
@@ -39,14 +40,13 @@ def prune_filters(
     model: nn.Module,
     criterion: Criterion = "mag_based",
     ratio: float | Sequence[float] = 0.5,
-    example_inputs: torch.Tensor | None = None,
+    example_inputs: Inputs | None = None,
     rounds: int = 1,
     of: str = "filters",
     data: object = None,
     exclude: str | Iterable[str] = (),
     *,
     min_density: float = 0.0,
-    schedule: str | schedules.Schedule = "front_loaded",
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     on_round: Callable[[nn.Module, int], object] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -58,43 +58,48 @@ def prune_filters(
 
     What depends on a filter goes with it, masks included: its batch norm, what later layers read of it, the same
     channel of all layers that shortcuts add up. All filters compete, those that only go together by their mean score.
-    One stays in every layer; the classifier, the stem of a network with shortcuts, grouped convolutions, and layers
-    whose channels a layer norm mixes keep theirs. The smaller network computes what the whole one would if the removed
-    filters gave zeros; this is checked on `example_inputs`. `model.removed` records what is left, for `pu.save`.
+    One stays in every layer. The classifier and grouped convolutions keep theirs, and so do layers whose channels are
+    mixed (a layer norm), moved by numbers in the code (grouped queries), or added to values of no layer. The smaller
+    network computes what the whole one would if the removed filters gave zeros; this is checked on `example_inputs`.
+    `model.removed` records what is left, for `pu.save`.
 
     Args:
         model, criterion, data, loss_fn, seed, **options: As for `filter_scores`. High scores stay.
         ratio: The fraction of what the model has now that goes; or an ascending list, what is gone after each round.
-        example_inputs: Inputs (N, ...) that the model is run on; by default the first of `data`.
-        rounds: In how many steps to remove, scoring anew before each.
+        example_inputs: Inputs (N, ...) that the model is run on, or a mapping of such; by default the first of `data`.
+        rounds: In how many steps to remove a single ratio, as `front_loaded` says, scoring anew before each.
         of: What `ratio` is a fraction of: "filters" (of all layers that may lose some), "parameters" or "macs" (of the
             whole model, as `cost` counts), met as nearly as whole filters allow.
         exclude: Names or globs of layers whose filters stay.
-        min_density: The fraction of the filters it has now that every layer keeps over all rounds.
-        schedule: How `ratio` grows over the rounds: a name or a function as for `pu.schedule`.
+        min_density: The fraction of its filters that every layer keeps over all rounds.
         on_round: `(model, round) -> anything`, called after each round (1, 2, ...), to train in between.
         optimizer, preserve_momentum: An optimizer that is bound to the new parameters in every round, before
             `on_round`, and whether it keeps its state for the filters that are left.
 
     Returns:
-        The model.
-
-    Raises:
-        ValueError: For wrong names, fractions or scores, more than whole layers can give, and a layer that cannot be
-            cut, with its name. The model is then as it was.
+        The model. A ValueError says what is wrong, such as which layer cannot be cut; the model is then as it was.
 
     Example:
         >>> model = pu.prune_filters(pu.models.create("vgg16_bn"), "l1", 0.5, torch.rand(1, 3, 32, 32))
         >>> sum(module.out_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d))  # of 4,224
         2112
     """
-    ratios = ratios_of(ratio, rounds, schedule)
+    ratios = ratios_of(ratio, rounds)
     _checks.one_of("of", of, QUANTITIES)
     _checks.fraction("min_density", min_density)
-    if isinstance(data, Iterator):
-        data = list(data)  # an iterator would be empty in the second round
-    inputs = _inputs(example_inputs, data).to(device_of(model))
-    gone = 0
+    given = _checks.a_model(model)
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or "_orig_mod" in model._modules:
+        model = next(model.children())  # whose layers have the names that a record needs
+    if not isinstance(getattr(model, "removed", {}), dict):
+        raise ValueError(f"{type(model).__name__} has an attribute `removed`, where the record goes: rename it")
+    if isinstance(model, torch.jit.ScriptModule) or any(p.is_meta for p in model.parameters()):
+        raise ValueError("filters are removed before a model is scripted, and from weights that are loaded, not `meta`")
+    data = list(data) if isinstance(data, Iterator) else data  # an iterator would be empty in the second round
+    inputs = _torch.inputs_of(data, model, 1) if example_inputs is None and data is not None else example_inputs
+    if not _torch.n_samples(inputs):
+        what = "a tensor (N, ...), a mapping or a tuple of such"
+        raise TypeError(f"prune_filters needs example_inputs, {what}, not {_checks.shapes(inputs)}")
+    inputs, gone = _torch.to_device(inputs, device_of(model)), 0
     for number, fraction in enumerate(ratios, start=1):
         target = Target.of(model, strict=False)
         groups, protected = analyse(target, inputs, exclude)
@@ -102,25 +107,30 @@ def prune_filters(
             raise ValueError(f"no filter can be removed: {_reasons(protected)}")
         scores = score_filters(target, criterion, data, inputs, loss_fn, seed, options)
         if number == 1:  # of what the layers have now, not of what a round leaves
-            staying = staying_units(groups, min_density)
-        order = order_units(target.modules, groups, scores, staying, terms_of(target, groups, of, inputs))
-        present = order.amount(0)
+            counts = {layer: group.n_units for group in groups for layer in group.layers}
+            staying = {layer: max(1, math.ceil(round(min_density * n, 9))) for layer, n in counts.items()}
+        order = order_units(groups, scores, staying)
+        budget = Budget(target, order, of, inputs)
+        present = budget.left(0)
         if number == 1:
             total = present
-            _check_possible(order, ratios[-1], of, protected)
-        n_units = order.nearest(present - (total * fraction - gone))
-        _remove(target, order, n_units, inputs, groups)
-        predicted = present - order.amount(n_units)
-        removed = predicted if of == "filters" else present - measured(target, of, inputs)
-        gone += removed
-        if abs(gone - total * fraction) > order.step(n_units) * (removed / predicted if predicted else 1):
+            least, step = budget.left(order.n_units), budget.step(order.n_units)
+            if least - total * (1 - ratios[-1]) > step / 2:
+                most = f"ratio={ratios[-1]!r}: at most {1 - least / total:.4f} of the {of} can go"
+                raise ValueError(f"{most}; every layer keeps some, and {_reasons(protected)}")
+        n_units = budget.nearest(present - (total * fraction - gone))
+        step = budget.step(n_units)
+        if problem := _cut_and_compare(target, order.kept(n_units), inputs):
+            raise _refusal(target, order, n_units, inputs, groups, problem)
+        gone += present - budget.measured(n_units)
+        if abs(gone - total * fraction) > step:
             message = f"asked to remove {fraction:.4f} of the {of}, prune_filters has removed {gone / total:.4f}"
             warnings.warn(message, stacklevel=_checks.callers_level())
         if optimizer is not None:
             rebind_optimizer(optimizer, model, preserve_momentum)
         if on_round is not None:
-            on_round(model, number)
-    return model
+            on_round(given, number)
+    return given
 
 
 def filter_table(model: nn.Module) -> "pd.DataFrame":
@@ -139,48 +149,24 @@ def filter_table(model: nn.Module) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    rows = []
+    removed, rows = getattr(model, "removed", {}), []
     for layer, module in model.named_modules():
-        for role, entry in getattr(model, "removed", {}).get(layer, {}).items():
-            if role == "heads" or (role == "out" and hasattr(module, "weight") and module.weight.ndim > 1):
-                after = len(entry["kept"])
-                rows.append((layer, entry["of"], after, 1 - after / entry["of"]))
+        for role, entry in removed.get(layer, {}).items():
+            if role == "heads" or (role == "out" and isinstance(module, FILTERING)):
+                rows.append((layer, entry["of"], len(entry["kept"]), 1 - len(entry["kept"]) / entry["of"]))
     return pd.DataFrame(rows, columns=["layer", "before", "after", "ratio"])
 
 
-# --- What is asked for -----------------------------------------------------------------------------------------------
-
-
-def ratios_of(ratio: float | Sequence[float], rounds: int, schedule: str | schedules.Schedule) -> list[float]:
+def ratios_of(ratio: float | Sequence[float], rounds: int) -> list[float]:
     """Return the fraction that is gone after each round; ValueError if that cannot be."""
-    step_to = _checks.choose("schedule", schedule, schedules.SCHEDULES)
     if isinstance(ratio, Sequence) and not isinstance(ratio, str):
         ratios = [_checks.fraction("ratio: each", each) for each in ratio]
         if not ratios or ratios != sorted(ratios):
-            raise ValueError(f"ratio must be ascending fractions, at least one, not {ratio!r}")
-        if rounds not in (1, len(ratios)):
-            raise ValueError(f"ratio lists {len(ratios)} rounds, so leave out rounds={rounds!r}")
+            raise ValueError(f"ratio must be ascending fractions, one a round, not {ratio!r}")
         return ratios
     _checks.fraction("ratio", ratio)
     _checks.whole("rounds", rounds)
-    return [step_to(number / rounds, 0.0, ratio) for number in range(1, rounds)] + [ratio]
-
-
-def _inputs(example_inputs, data) -> torch.Tensor:
-    """Inputs to run the model on, to see what depends on what."""
-    if example_inputs is None and data is not None:
-        example_inputs = next(iter(batches(data)))[0][:2]
-    if not torch.is_tensor(example_inputs) or len(example_inputs) == 0:
-        raise TypeError(f"prune_filters needs example_inputs, a tensor (N, ...), not {example_inputs!r:.80}")
-    return example_inputs
-
-
-def _check_possible(order: Order, ratio: float, of: str, protected: Mapping[str, str]) -> None:
-    """Raise ValueError if even without all units that may go, more is left than is asked for."""
-    total, least = order.amount(0), order.amount(order.n_units)
-    if least - total * (1 - ratio) > order.step(order.n_units) / 2:
-        most = f"ratio={ratio!r}: at most {1 - least / total:.4f} of the {of} can go"
-        raise ValueError(f"{most}; every layer keeps some, and {_reasons(protected)}")
+    return [front_loaded(number / rounds, 0.0, ratio) for number in range(1, rounds)] + [ratio]
 
 
 def _reasons(protected) -> str:
@@ -188,34 +174,27 @@ def _reasons(protected) -> str:
     return f"these keep theirs: {', '.join(each[:6]) or 'none'}{' ...' * (len(each) > 6)}"
 
 
-# --- Removing, with a check ------------------------------------------------------------------------------------------
+def _refusal(target: Target, order: Order, n_units: int, inputs: Inputs, groups: list[Group], why) -> ValueError:
+    """The error for units whose removal fails or leaves something else than it should: it names their layers."""
+    trials = [(group, _cut_and_compare(target, order.only(group).kept(n_units), inputs, True)) for group in groups]
+    found = [(group.layers, problem) for group, problem in trials if problem]
+    if not found:
+        return ValueError(f"these filters cannot be removed together: {why}; the model is as it was")
+    each = [f"the filters of {', '.join(layers)} cannot be removed: {problem}" for layers, problem in found]
+    way = f"leave them with exclude={[layer for layers, _ in found for layer in layers]!r}"
+    return ValueError(f"{'; '.join(each)}; the model is as it was; {way}")
 
 
-def _remove(target: Target, order: Order, n_units: int, inputs: torch.Tensor, groups: list[Group]) -> None:
-    """Remove the first units; ValueError, with the model as it was, if the rest does not compute what it should."""
-    problem = _cut_and_compare(target, order.kept(n_units), inputs)
-    if problem is None:
-        return
-    for group in groups:  # which of them is it?
-        trial = Target.of(copy.deepcopy(target.model), strict=False)
-        if found := _cut_and_compare(trial, order.only(group).kept(n_units), inputs):
-            way = f"the model is as it was; leave them with exclude={group.layers!r}"
-            raise ValueError(f"the filters of {', '.join(group.layers)} cannot be removed: {found}; {way}")
-    raise ValueError(f"these filters cannot be removed together: {problem}; the model is as it was")
-
-
-def _cut_and_compare(target: Target, kept: Kept, inputs: torch.Tensor) -> str | None:
+def _cut_and_compare(target: Target, kept: Kept, inputs: Inputs, is_trial: bool = False) -> str | None:
     """Cut, and compare with the model in which the same filters give zeros; what is wrong if that differs."""
-    if not kept:
-        return None
-    wanted = _outputs(target, inputs, kept, _silenced(target, kept))
+    wanted = _outputs(target, inputs, kept)
     problem, take_back = "", cut(target, kept)
     try:
-        problem = _difference(wanted, _outputs(target, inputs, {}, {}))
+        problem = _difference(wanted, _outputs(target, inputs, {}))
     except Exception as error:  # a model may fail in any way once its shapes differ
         problem = f"the forward pass then fails with {type(error).__name__}: {error}"
     finally:
-        if problem is not None:
+        if problem is not None or is_trial:
             take_back()
     return problem
 
@@ -223,32 +202,30 @@ def _cut_and_compare(target: Target, kept: Kept, inputs: torch.Tensor) -> str | 
 def _silenced(target: Target, kept: Kept) -> dict[str, torch.Tensor]:
     """The tensors of a model in which the channels that are not kept have no effect."""
     state, tensors = dict(target.model.named_parameters()) | dict(target.model.named_buffers()), {}
-    sizes = {(layer, role): size_of(target.modules[layer], role) for layer, role in kept}
-    for name, cuts in tensor_cuts(target.modules, kept, sizes).items():
+    for name, cuts in tensor_cuts(target.modules, kept).items():
         tensors[name] = state[name].detach().clone()
         for dim, index in cuts:
-            is_gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
-            is_gone[index] = False
-            tensors[name].movedim(dim, 0)[is_gone.to(tensors[name].device)] = 0
+            gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool).index_fill_(0, index, False).nonzero()[:, 0]
+            tensors[name].index_fill_(dim, gone.to(tensors[name].device), 1 if name.endswith("running_var") else 0)
     return tensors
 
 
-@torch.no_grad()
-def _outputs(target: Target, inputs, kept: Kept, tensors: Mapping) -> list[tuple[str, torch.Tensor]]:
-    """What every convolution and linear layer gives in turn, of its kept filters, and then what the model gives."""
-    # The outputs of the model alone would not do: those of a classifier that starts at zero are always the same.
+def _outputs(target: Target, inputs: Inputs, kept: Kept) -> list[tuple[str, torch.Tensor]]:
+    """What each layer and the model give without what is not kept; a zero classifier alone would hide a difference."""
     outputs = []
     qkv = {f"{name}.qkv" for name, module in target.modules.items() if kind_of_attention(module) == "timm"}
     layers = {m: name for name, m in target.modules.items() if isinstance(m, FILTERING) and name not in qkv}
 
     def note(module, args, output):
         index, dim = kept.get((layers[module], "out")), -1 if isinstance(module, nn.Linear) else 1
-        kept_output = output if index is None else output.index_select(dim, index.to(output.device))
-        outputs.append((f"those of {layers[module]}", kept_output.clone()))  # an activation may overwrite it
+        copied = output.clone() if index is None else output.index_select(dim, index.to(output.device))
+        outputs.append((f"those of {layers[module]}", copied))  # an activation may overwrite the output itself
 
-    with in_mode(target.model, training=False), own_random_state(inputs.device, 0), full_float32():
-        with hooked(layers, note, after=True):
-            final = tree_leaves(torch.func.functional_call(target.model, tensors, (inputs,)))
+    def run(*args, **kwargs):
+        return torch.func.functional_call(target.model, _silenced(target, kept), args, kwargs)
+
+    with untouched(target.model), torch.no_grad(), hooked(layers, note, after=True):
+        final = tree_leaves(forward(run, inputs, whole=True))
     return outputs + [("the outputs", leaf) for leaf in final if torch.is_tensor(leaf)]
 
 
@@ -260,8 +237,7 @@ def _difference(wanted, found) -> str | None:
         if not a.is_floating_point() or a.numel() == 0:
             continue
         scale = torch.nan_to_num(a, 0, 0, 0).abs().max().item()
-        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 5e-2) * scale + 1e-6
-        gap = torch.nan_to_num((a - b).abs(), 0).max().item()
-        if gap > tolerance or not torch.equal(a.isfinite(), b.isfinite()):
-            return f"{name} would change by {gap:.3g} (the largest is {scale:.3g})"
+        tolerance = (1e-9 if a.dtype == torch.float64 else 1e-4) * scale + 1e-6
+        if not torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True):
+            return f"{name} would change by up to {(a - b).abs().max():.3g} (the largest is {scale:.3g})"
     return None

@@ -7,16 +7,18 @@ convolution its channels), "in" (what a layer reads) and "heads" (of an attentio
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import masks as held
 from ..target import Modules, Target
-from .attention import NarrowAttention
 from .rebinding import SUCCESSORS, Cut, remember, sliced
 
 Key = tuple[str, str]  # a layer and a role
 Kept = Mapping[Key, torch.Tensor]
 FILTERING = (nn.modules.conv._ConvNd, nn.Linear)  # layers whose outputs are filters
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)  # each channel by itself
+_FROZEN = {"weight", "bias", "running_mean", "running_var"}  # the buffers of a batch norm without parameters
 
 
 def has_filters(module: nn.Module) -> bool:
@@ -24,10 +26,17 @@ def has_filters(module: nn.Module) -> bool:
     return isinstance(module, FILTERING) and not is_depthwise(module)
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Return whether a layer can be cut: it has filters, or does something to each channel by itself."""
+    frozen = _FROZEN <= module._buffers.keys() and not module._parameters and module.running_mean.ndim == 1
+    return frozen or isinstance(module, (*FILTERING, *_NORMS))
+
+
 def is_depthwise(module: nn.Module) -> bool:
     """Return whether each filter reads a channel of its own and no other."""
-    groups = getattr(module, "groups", 1)
-    return isinstance(module, nn.modules.conv._ConvNd) and groups == module.in_channels == module.out_channels > 1
+    marked = getattr(module, "is_depthwise", False)  # when it was cut: with a single channel it looks like any other
+    of_several = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+    return marked or (of_several and module.groups == module.in_channels == module.out_channels)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -61,11 +70,12 @@ def _sizes(module: nn.Module, role: str) -> tuple[str, ...]:
 
 def size_of(module: nn.Module, role: str) -> int:
     """Return how many channels (or heads) a layer has in a role."""
-    return getattr(module, _sizes(module, role)[0])
+    known = getattr(module, _sizes(module, role)[0], None)
+    return len(module.running_mean) if known is None else known  # a frozen batch norm may not say it
 
 
-def cuts_of(module: nn.Module, role: str, kept: torch.Tensor, size: int) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Yield (tensor within the layer, dimension, kept indices) for all that a role, of `size` before, cuts."""
+def _cuts_of(module: nn.Module, role: str, kept: torch.Tensor, size: int) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Yield (tensor within the layer, dimension, kept indices) for all that a role of this size cuts."""
     if role == "heads":
         columns = (kept[:, None] * module.head_dim + torch.arange(module.head_dim)).flatten()
         rows = (torch.arange(3)[:, None] * size * module.head_dim + columns).flatten()
@@ -81,11 +91,12 @@ def cuts_of(module: nn.Module, role: str, kept: torch.Tensor, size: int) -> Iter
             yield name, 0, kept
 
 
-def tensor_cuts(modules: Modules, kept: Kept, sizes: Mapping[Key, int]) -> dict[str, list[Cut]]:
-    """Return {name of a parameter or buffer: its cuts} for what is kept of the layers."""
+def tensor_cuts(modules: Modules, kept: Kept, sizes: Mapping[Key, int] | None = None) -> dict[str, list[Cut]]:
+    """Return {name of a parameter or buffer: its cuts} for what is kept of layers of these sizes, or their own."""
     cuts: dict[str, list[Cut]] = {}
     for (layer, role), index in kept.items():
-        for name, dim, along in cuts_of(modules[layer], role, index, sizes[layer, role]):
+        size = sizes[layer, role] if sizes else size_of(modules[layer], role)
+        for name, dim, along in _cuts_of(modules[layer], role, index, size):
             name = f"{layer}.{name}" if layer else name
             if _tensor(modules, name) is not None:
                 cuts.setdefault(name, []).append((dim, along))
@@ -111,12 +122,18 @@ def cut(target: Target, kept: Kept) -> Callable[[], None]:
     model, modules, before, successors, masks = target.model, target.modules, [], {}, {}
 
     def change(owner, attribute, value):
-        before.append((owner, attribute, getattr(owner, attribute)))
+        before.append((owner, attribute, getattr(owner, attribute, False)))
         setattr(owner, attribute, value)
 
-    sizes = {(layer, role): size_of(modules[layer], role) for layer, role in kept}
-    record = _recorded(getattr(model, "removed", {}), kept, sizes)
-    for name, along in tensor_cuts(modules, kept, sizes).items():
+    cuts = tensor_cuts(modules, kept)
+    record = {layer: dict(roles) for layer, roles in getattr(model, "removed", {}).items()}
+    for (layer, role), index in kept.items():
+        size = size_of(modules[layer], role)
+        old = record.setdefault(layer, {}).get(role, {"of": size, "kept": range(size)})
+        record[layer][role] = {"of": old["of"], "kept": [old["kept"][i] for i in index.tolist()]}
+        for owner, attribute, value in _new_sizes(modules[layer], role, len(index)):
+            change(owner, attribute, value)
+    for name, along in cuts.items():
         path, _, attribute = name.rpartition(".")
         old = _tensor(modules, name)
         new = sliced(old.detach(), along)
@@ -126,9 +143,6 @@ def cut(target: Target, kept: Kept) -> Callable[[], None]:
             if name in target.masks:
                 masks[name] = sliced(target.masks[name], along)
         change(modules[path], attribute, new)
-    for (layer, role), index in kept.items():
-        for owner, attribute, value in _new_sizes(modules[layer], role, len(index)):
-            change(owner, attribute, value)
     vars(model).setdefault("removed", {})  # as if nothing were gone yet
     change(model, "removed", record)
     held.attach(modules, masks)
@@ -158,18 +172,11 @@ def _new_sizes(module: nn.Module, role: str, size: int) -> Iterator[tuple[nn.Mod
             yield module, "attn_dim", width
             yield module.qkv, "out_features", 3 * width
             yield module.proj, "in_features", width
+    if is_depthwise(module):
+        yield module, "is_depthwise", True
     for attribute in _sizes(module, role):
-        yield module, attribute, size
-
-
-def _recorded(removed: Mapping, kept: Kept, sizes: Mapping[Key, int]) -> dict[str, dict[str, dict]]:
-    """The record of a model after a cut: what is kept of the layers it had in the beginning, as plain JSON."""
-    record = {layer: dict(roles) for layer, roles in removed.items()}
-    for (layer, role), index in kept.items():
-        roles = record.setdefault(layer, {})
-        old = roles.get(role, {"of": sizes[layer, role], "kept": range(sizes[layer, role])})
-        roles[role] = {"of": old["of"], "kept": [old["kept"][i] for i in index.tolist()]}
-    return record
+        if hasattr(module, attribute):
+            yield module, attribute, size
 
 
 def replay(model: nn.Module, removed: Mapping[str, Mapping[str, Mapping]]) -> nn.Module:
@@ -178,13 +185,10 @@ def replay(model: nn.Module, removed: Mapping[str, Mapping[str, Mapping]]) -> nn
     Args:
         model: The same network before the removal.
         removed: `model.removed` as `prune_filters` has left it: {layer: {"out", "in" or "heads": {"of": how many there
-            were, "kept": the indices of those that are left}}}.
+            were, "kept": the indices of those that are left}}}. A ValueError says what does not fit, before any cut.
 
     Returns:
         The model.
-
-    Raises:
-        ValueError: If a layer is missing or has another size than recorded. The model is then as it was.
 
     Example:
         >>> small = pu.prune_filters(pu.models.create("lenet5"), ratio=0.5, example_inputs=torch.rand(1, 1, 28, 28))
@@ -194,14 +198,61 @@ def replay(model: nn.Module, removed: Mapping[str, Mapping[str, Mapping]]) -> nn
     target, kept = Target.of(model, strict=False), {}
     for layer, roles in removed.items():
         for role, entry in roles.items():
-            module, index = target.modules.get(layer), entry["kept"]
+            module, index = target.modules.get(layer), list(entry["kept"])
             known = ("out", "in", "heads") if kind_of_attention(module) else ("out", "in")
             if module is None or role not in known:
                 raise ValueError(f"removed: the model has no layer {layer!r} with {role!r}")
-            if size_of(module, role) != entry["of"]:
-                raise ValueError(f"removed: {layer} has {size_of(module, role)} channels ({role}), not {entry['of']}")
-            if not index or sorted(set(index)) != list(index) or not 0 <= index[0] <= index[-1] < entry["of"]:
-                raise ValueError(f"removed: {layer} ({role}) must keep ascending indices below {entry['of']}")
+            size = size_of(module, role)
+            if size != entry["of"] or not index or index != sorted(set(index) & set(range(size))):
+                raise ValueError(
+                    f"removed: {layer} has {size} channels ({role}), and must keep ascending ones of these"
+                )
             kept[layer, role] = torch.tensor(index)
     cut(target, kept)
     return model
+
+
+class NarrowAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` whose heads together are narrower than the queries; names and arguments are the same."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend; arguments and returns are those of `nn.MultiheadAttention`."""
+        is_first = self.batch_first or query.ndim == 2  # or a single sequence
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x if is_first else x.transpose(0, 1), weight, bias)
+            .unflatten(-1, (self.num_heads, self.head_dim))
+            .transpose(-3, -2)
+            for x, weight, bias in zip((query, key, value), self.in_proj_weight.chunk(3), biases)
+        )
+        if is_causal and attn_mask is None:
+            attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, q.shape[:-2])
+        padding = None if key_padding_mask is None else key_padding_mask[..., None, None, :]
+        masks = [_added(mask, q.dtype) for mask in (attn_mask, padding) if mask is not None]
+        mask, dropout = sum(masks) if masks else None, self.dropout if self.training else 0.0
+        if need_weights:
+            logits = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            attention = F.dropout((logits if mask is None else logits + mask).softmax(-1), dropout)
+            out = attention @ v
+            attention = attention.mean(-3) if average_attn_weights else attention
+        else:
+            attention, out = None, F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        out = F.linear(out.transpose(-3, -2).flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        return out if is_first else out.transpose(0, 1), attention
+
+
+def _added(mask, dtype) -> torch.Tensor:
+    """A mask to be added to the logits: minus infinity where a bool mask is True."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf")) if mask.dtype == torch.bool else mask

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pruneutils as pu
-from pruneutils.filters.attention import NarrowAttention
+from pruneutils.filters.slicing import NarrowAttention
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -23,7 +23,7 @@ def test_narrow_attention_is_attention_with_zero_heads(batch_first, need_weights
     if mask == "both":
         options["attn_mask"] = torch.ones(5, 5, dtype=torch.bool).triu(1)
         options["key_padding_mask"] = torch.tensor([[False] * 5, [False, False, False, True, True]])
-    elif mask == "float":
+    elif mask:
         options["attn_mask"] = torch.randn(5, 5, dtype=torch.float64)
     kept = [0, 2]
     narrow = pu.filters.replay(nn.Sequential(copy.deepcopy(dense)), {"0": {"heads": {"of": 3, "kept": kept}}})[0]
@@ -37,6 +37,10 @@ def test_narrow_attention_is_attention_with_zero_heads(batch_first, need_weights
         torch.testing.assert_close(narrow_attention, attention[:, kept], rtol=1e-9, atol=1e-12)
     else:
         assert narrow_attention is None
+    one = x[0] if batch_first else x[:, 0]
+    if mask is None:
+        torch.testing.assert_close(narrow(one, one, one)[0], wanted[0] if batch_first else wanted[:, 0])
+        assert narrow(one, one, one)[1].shape == (5, 5)
 
 
 def test_a_transformer_layer_without_a_head_takes_no_fast_path():
@@ -48,12 +52,3 @@ def test_a_transformer_layer_without_a_head_takes_no_fast_path():
         dense.self_attn.in_proj_weight.view(3, 3, 4, -1)[:, 0] = 0
         dense.self_attn.in_proj_bias.view(3, 3, 4)[:, 0] = 0
         torch.testing.assert_close(narrow(x), dense(x), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_unbatched_queries(batch_first):
-    model = nn.Sequential(nn.MultiheadAttention(8, 4, batch_first=batch_first))
-    narrow, x = pu.filters.replay(model, {"0": {"heads": {"of": 4, "kept": [3]}}})[0], torch.randn(5, 8)
-    batched = x[None] if batch_first else x[:, None]
-    torch.testing.assert_close(narrow(x, x, x)[0], narrow(batched, batched, batched)[0].reshape(5, 8))
-    assert narrow(x, x, x)[1].shape == (5, 5)

@@ -8,9 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import pruneutils as pu
-from pruneutils.filters import MEASURES
-
-ELEVEN = "mag_based l1 bn loss_based biased_loss tfo fisher nvidia grasp grad_preserve biased_loss_tracked".split()
 
 
 def smooth(seed=0):
@@ -52,29 +49,19 @@ def both(model):
     return model[0].weight.detach(), model[2].weight.detach()
 
 
-def test_the_table_lists_the_published_names_with_their_formulas():
-    assert list(MEASURES) == [*ELEVEN, "random"]
-    assert all(measure.formula for measure in MEASURES.values())
-
-
 # --- Closed forms ----------------------------------------------------------------------------------------------------
 
 
-def test_norms():
-    model = smooth()
-    check(pu.filter_scores(model, "mag_based"), *(w.norm(dim=1) for w in both(model)))
-    check(pu.filter_scores(model, "l1"), *(w.abs().sum(1) for w in both(model)))
-
-
 @pytest.mark.parametrize("options", [dict(temperature=1.0), {}])
-def test_first_order_measures(options):
-    model, data = smooth(), batch()
-    pairs = list(zip(both(model), by_hand(model, *data, options.get("temperature", 5.0))))
-    parts = [(data[0][:4], data[1][:4]), (data[0][4:], data[1][4:])]  # count as one large batch
-    for given in (data, parts):
-        check(pu.filter_scores(model, "loss_based", given, **options), *((w * g).abs().sum(1) for w, g in pairs))
-        check(pu.filter_scores(model, "tfo", given, **options), *((w * g).sum(1).abs() for w, g in pairs))
-        check(pu.filter_scores(model, "biased_loss", given, **options), *((w**2 * g).abs().sum(1) for w, g in pairs))
+def test_norms_and_first_order_measures(options):
+    model, (x, y) = smooth(), batch()
+    pairs = list(zip(both(model), by_hand(model, x, y, options.get("temperature", 5.0))))
+    check(pu.filter_scores(model, "mag_based"), *(w.norm(dim=1) for w, _ in pairs))
+    check(pu.filter_scores(model, "l1"), *(w.abs().sum(1) for w, _ in pairs))
+    for data in ((x, y), [(x[:4], y[:4]), (x[4:], y[4:])]):  # count as one large batch
+        check(pu.filter_scores(model, "loss_based", data, **options), *((w * g).abs().sum(1) for w, g in pairs))
+        check(pu.filter_scores(model, "tfo", data, **options), *((w * g).sum(1).abs() for w, g in pairs))
+        check(pu.filter_scores(model, "biased_loss", data, **options), *((w**2 * g).abs().sum(1) for w, g in pairs))
 
 
 def test_distance_from_the_initialisation():
@@ -83,10 +70,8 @@ def test_distance_from_the_initialisation():
     wanted = [((w - w0).abs() * (w * g).abs()).sum(1) for w, w0, g in pairs]
     check(pu.filter_scores(model, "biased_loss", data, reference=first), *wanted)
     check(pu.filter_scores(model, "biased_loss", data, reference=first.state_dict()), *wanted)
-    with pytest.raises(ValueError, match="reference has no '2.weight'"):
+    with pytest.raises(ValueError, match=r"reference has no '2.weight' of the model's shape \(3, 5\)"):
         pu.filter_scores(model, "biased_loss", data, reference={"0.weight": model[0].weight})
-    with pytest.raises(ValueError, match="reference: 0.weight has shape"):
-        pu.filter_scores(model, "biased_loss", data, reference=nn.Sequential(nn.Linear(4, 6), nn.Tanh(), model[2]))
 
 
 def test_the_reference_loses_the_filters_that_were_removed():
@@ -131,21 +116,17 @@ def test_batch_norm_measures_find_the_batch_norm_that_follows():
 @pytest.mark.parametrize("options", [{}, dict(temperature=3.0)])
 def test_gradient_flow_against_the_whole_hessian(name, options):
     model, (x, y) = smooth(), batch(9)
-    shapes = [p.shape for p in model.parameters()]
     temperature = options.get("temperature", 200.0 if name == "grasp" else 1.0)
 
-    def loss(flat):
-        w0, b0, w2, b2 = (part.view(s) for part, s in zip(flat.split([s.numel() for s in shapes]), shapes))
+    def loss(w0, b0, w2, b2):
         return F.cross_entropy((torch.tanh(x @ w0.T + b0) @ w2.T + b2) / temperature, y)
 
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    hessian = torch.autograd.functional.hessian(loss, flat)
-    products = hessian @ torch.autograd.functional.jacobian(loss, flat)  # all parameters have a part in it
-    products = [part.view(s) for part, s in zip(products.split([s.numel() for s in shapes]), shapes)]
-    wanted = [(w * h).sum(1) for w, h in zip(both(model), (products[0], products[2]))]
-    check(
-        pu.filter_scores(model, name, (x, y), **options), *(s.abs() if name == "grad_preserve" else s for s in wanted)
-    )
+    parameters = tuple(p.detach() for p in model.parameters())
+    gradient = torch.autograd.functional.jacobian(loss, parameters)
+    h0, _, h2, _ = torch.autograd.functional.hvp(loss, parameters, gradient)[1]  # all parameters have a part in it
+    wanted = [(w * h).sum(1) for w, h in zip(both(model), (h0, h2))]
+    wanted = [score.abs() for score in wanted] if name == "grad_preserve" else wanted
+    check(pu.filter_scores(model, name, (x, y), **options), *wanted)
 
 
 def test_grasp_takes_every_class_alike():
@@ -182,9 +163,6 @@ def test_the_average_over_the_steps_of_a_training():
             optimizer.step()
             # the weights after the step, with the gradient that made it
             steps.append([biased(m.weight.detach(), m.weight.grad) for m in (model[0], model[2])])
-            other = nn.Linear(1, 1)  # somebody else's optimizer
-            other(torch.ones(1)).backward()
-            torch.optim.SGD(other.parameters(), lr=1).step()
     optimizer.step()  # nobody listens any more
     check(pu.filter_scores(model, tracked), *(0.6 * b + 0.4 * a for a, b in zip(*steps[-2:])))
 
@@ -192,7 +170,7 @@ def test_the_average_over_the_steps_of_a_training():
 # --- Any network, no trace -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ELEVEN, "random", "snip", "magnitude"])
+@pytest.mark.parametrize("name", [*pu.filters.MEASURES, "snip", "magnitude"])
 def test_every_measure_scores_and_prunes_a_network(name):
     x = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = pu.models.create("resnet20").train()
@@ -200,12 +178,12 @@ def test_every_measure_scores_and_prunes_a_network(name):
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     scores = pu.filter_scores(model, name, data, example_inputs=x[:1])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters()) and all(m.training for m in model.modules())
-    assert torch.equal(torch.random.get_rng_state(), state)
     weights = pu.prunable_weights(model)
     assert {key: len(score) for key, score in scores.items()} == {key: len(weights[key]) for key in scores}
     assert len(scores) == (19 if name in ("bn", "nvidia") else 20)
     pu.prune_filters(model, name, 0.5, data=data)
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.random.get_rng_state(), state)
+    assert all(module.training and not module._forward_hooks for module in model.modules())
     assert sum(pu.filters.filter_table(model)[["before", "after"]].diff(axis=1).after) == -168  # of 336
 
 
