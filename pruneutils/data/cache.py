@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from .._checks import callers_level
 
-_FORMAT = "3"  # of the cache files; part of their names, so that two versions do not overwrite each other's
+_FORMAT = "4"  # of the cache files; part of their names, so that two versions do not overwrite each other's
 
 
 def cached(
@@ -24,9 +24,8 @@ def cached(
     picture: object,
     folders: Sequence[Path],  # which hold the files that `read` reads
     read: Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]],  # the facts are JSON values
-    build: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any],
-) -> Any:
-    """Return build(tensors, facts) of the cache file, or of `read()` where that is absent, broken or out of date."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return (tensors, facts) of the cache file, or of `read()` where that is absent, broken or out of date."""
     stamp = _stamp(folders)
     place = hashlib.sha256(f"{_FORMAT}\0{picture}\0{list(map(str, folders))}".encode()).hexdigest()[:12]
     path = cache_folder() / f"{name}-{place}.safetensors"
@@ -34,11 +33,10 @@ def cached(
         with safe_open(path, framework="pt") as file:
             texts = file.metadata()
             if texts["stamp"] == stamp:
-                return build({name: file.get_tensor(name) for name in file.keys()}, json.loads(texts["facts"]))
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(texts["facts"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         pass  # no cache is as good as a broken one: read the files
     tensors, facts = read()
-    built = build(tensors, facts)
     part = path.with_suffix(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +48,7 @@ def cached(
         warnings.warn(message, stacklevel=callers_level())
         with contextlib.suppress(OSError):
             part.unlink()
-    return built
+    return tensors, facts
 
 
 def cache_folder() -> Path:

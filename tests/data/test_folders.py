@@ -83,16 +83,10 @@ def test_transparent_pixels_are_white(tmp_path, mode):
     assert loaded(write_one(tmp_path, image.convert(mode)))[0].tolist() == [[255] * 3, [51] * 3]
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(tmp_path, orientation):
-    values = pixels(3, 5)
-    flipped = [values, values[:, ::-1], values[::-1, ::-1], values[::-1]]
-    turned = [values.T, values.T[:, ::-1], values.T[::-1, ::-1], values.T[::-1]]
-    # what a viewer shows, by the first row and the first column of the file (EXIF 2.3, tag 274)
-    shown = (flipped + turned)[orientation - 1]
-    image, exif = Image.fromarray(values), Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(loaded(write_one(tmp_path, image, exif=exif))[..., 0], shown)
+def test_pictures_stand_upright(tmp_path):
+    values, exif = pixels(3, 5), Image.Exif()
+    exif[0x0112] = 6  # the first row of the file is the right side of the picture (EXIF 2.3, tag 274)
+    assert np.array_equal(loaded(write_one(tmp_path, Image.fromarray(values), exif=exif))[..., 0], values.T[:, ::-1])
 
 
 def test_a_crop_is_that_of_torchvision(tmp_path):
