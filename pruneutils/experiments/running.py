@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import json
 import multiprocessing
 import os
 import platform
@@ -24,7 +25,7 @@ import torch
 
 from .._checks import whole
 from .._torch import precisions_noted
-from .store import NullStore, Record, Store, decoded, encoded, rows_of
+from .store import NullStore, Record, Store, encoded, rows_of
 
 _package_version = functools.cache(lambda: version("pruneutils"))
 _TURN = threading.RLock()  # the random state is the process's, so its runs take turns
@@ -72,7 +73,7 @@ def _record(run, threads, facts, config) -> Record:
         "numpy": np.__version__,
         "pruneutils": _package_version(),
     }
-    return decoded(encoded({"config": config, **outcome, **facts}))
+    return json.loads(encoded({"config": config, **outcome, **facts}))
 
 
 def _described(error) -> str:
@@ -131,22 +132,16 @@ def processes(n: int | None = None) -> Executor:
         >>> callable(pu.experiments.processes(2).submit)  # pu.experiments.sweep(run, grid, store, executor) takes it
         True
     """
+    if n is None:
+        n = int(os.environ.get("PRUNEUTILS_PROCESSES") or len(_visible_cards()) or loky.cpu_count())
     return loky.get_reusable_executor(
-        max_workers=whole("n", n) if n is not None else usual_number(),
+        max_workers=whole("n", n),
         timeout=60,
         # Set before torch is imported: its thread pools are sized once.
         env={name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")},
         initializer=_begin_worker,
         initargs=(os.getpid(), _visible_cards()),
     )
-
-
-def usual_number() -> int:
-    """Return how many processes `processes()` makes by default."""
-    asked = os.environ.get("PRUNEUTILS_PROCESSES", "").strip()
-    if asked:
-        return whole("PRUNEUTILS_PROCESSES", int(asked) if asked.isdecimal() else asked)
-    return len(_visible_cards()) or loky.cpu_count()
 
 
 def _visible_cards() -> list[str]:

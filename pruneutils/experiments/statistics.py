@@ -3,15 +3,20 @@
 import itertools
 import warnings
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from .. import _checks
-from ._estimates import bootstrap_images, check_level, holm, paired_t, t_interval
 
 __all__ = ["bootstrap_images", "compare", "dunnett", "summary", "t_interval"]
+
+_ROUNDING = 1e-12  # differences below this share of the values are rounding
+# The least standard deviation of differences, likewise: a few equal ones of one image in 10,000 are no proof.
+_RESOLUTION = 1e-4
 
 
 def summary(
@@ -66,7 +71,6 @@ def compare(
     pair_on: str | Sequence[str] = "seed",
     within: str | Sequence[str] = (),
     level: float = 0.95,
-    resolution: float = 1e-4,
 ) -> pd.DataFrame:
     """Compare arms pair by pair, with Student's paired test. For many arms against one control see `dunnett`.
 
@@ -79,7 +83,6 @@ def compare(
         pair_on: The column(s) that make two runs a pair, such as the seed. A run without a partner is left out, warned.
         within: The column, or the columns, at whose equal values arms are compared, such as the sparsity.
         level: The coverage of the intervals; arms differ if the corrected p is below 1 - level.
-        resolution: The least standard deviation of differences, as a share of the largest value: one of 10,000 images.
 
     Returns:
         One row for each pair of arms in each group: the columns of `within`, a, b, n (pairs), difference (mean of
@@ -98,11 +101,8 @@ def compare(
     """
     within, pair_on = _names(within), _names(pair_on)
     _check(frame, [*within, by], value, level, pair_on)
-    asked = _pairs(by, frame[by].dropna().unique().tolist(), against)
-    present = _with_value(frame, value, finite=True)
-    for name in pair_on:
-        if present[name].isna().any():
-            raise ValueError(f"column {name!r} is empty in some rows, which have no partner: leave these runs out")
+    asked = _pairs(frame[by].dropna().unique().tolist(), against)
+    _with_value(frame, value, finite=True)
     rows, unpaired = [], []
     for group, part in frame.groupby(within, sort=False, dropna=False) if within else [((), frame)]:
         planned = set(part[by])  # runs that are missing included
@@ -113,14 +113,14 @@ def compare(
             if len(pairs) < both.count().max():
                 unpaired.append(f"{a} and {b}" + (f" at {dict(zip(within, group, strict=True))}" if within else ""))
             mean = (pairs[:, 0] - pairs[:, 1]).mean() if len(pairs) else np.nan
-            rows.append((*group, a, b, len(pairs), mean, *paired_t(pairs, level, resolution)))
+            rows.append((*group, a, b, len(pairs), mean, *_paired_t(pairs, level)))
     if not rows:
         raise ValueError(f"no two of the arms to compare have values {value!r} at the same {within}")
     if unpaired:
         where = f"{len(unpaired)} comparisons, first {unpaired[0]}"
         warnings.warn(f"runs without a partner of the same {', '.join(pair_on)} are left out ({where})", stacklevel=2)
     table = pd.DataFrame(rows, columns=[*within, "a", "b", "n", "difference", "low", "high", "p"])
-    table["p_holm"] = holm(table["p"].to_numpy(float))
+    table["p_holm"] = _holm(table["p"].to_numpy(float))
     table["differs"] = table["p_holm"] < 1 - level
     table["larger"] = _larger(table)
     return table
@@ -174,15 +174,101 @@ def dunnett(
     return table
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How much two networks differ on the same images: a mean over `n` images, its interval, and a two-sided p."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Compute Student's interval of the mean, for seaborn's `errorbar=pu.statistics.t_interval` too.
+
+    Args:
+        values, level: One number for each run, and the coverage, a fraction (ValueError if it is none).
+
+    Returns:
+        (low, high); NaN where there are fewer than two values, or one is not finite.
+
+    Example:
+        >>> [round(end, 2) for end in pu.statistics.t_interval([0.90, 0.92, 0.94])]
+        [0.87, 0.97]
+    """
+    _check_level(level)
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2 or not np.isfinite(sample).all():
+        return np.nan, np.nan
+    half = stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
+    return float(sample.mean() - half), float(sample.mean() + half)
+
+
+def bootstrap_images(values_a: ArrayLike, values_b: ArrayLike, *, level: float = 0.95) -> Difference:
+    """Compare two networks on the same test images, by resampling the images 9,999 times from a fixed seed.
+
+    The interval says how much other images of the same kind would change the difference, nothing about other seeds.
+
+    Args:
+        values_a, values_b: A number of each network, such as whether it hits, for each of the same images in order.
+        level: The coverage of the interval.
+
+    Returns:
+        The mean difference (a - b), its percentile interval (NaN below six images, for 95 %), p (twice the share of
+        resampled means beyond zero, no less than the sign test's), and the number of images. ValueError if the two do
+        not belong to the same images, or a value is not finite.
+
+    Example:
+        >>> images = torch.arange(100)
+        >>> pu.statistics.bootstrap_images(images < 80, images < 70).low > 0
+        True
+    """
+    _check_level(level)
+    a, b = (np.asarray(each.cpu() if hasattr(each, "cpu") else each, dtype=float) for each in (values_a, values_b))
+    if a.ndim != 1 or a.shape != b.shape or not len(a):
+        raise ValueError(f"a number of each network is needed for each of the same images, not {a.shape} and {b.shape}")
+    for image in np.flatnonzero(~np.isfinite(a - b))[:1]:
+        raise ValueError(f"image {image} has {a[image]} and {b[image]}: every image needs two finite numbers")
+    low, high, p = np.nan, np.nan, np.nan
+    if len(a) > 1:
+        options = {"confidence_level": level, "method": "percentile", "rng": np.random.default_rng(0)}
+        drawn = stats.bootstrap((a - b,), np.mean, batch=100, **options)  # thousands of images fit into a cache
+        means, least = drawn.bootstrap_distribution, 2.0 ** (1 - len(a))  # p of values of one sign in the sign test
+        p = min(1, max(least, 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + len(means))))
+        low, high = drawn.confidence_interval if least <= 1 - level else (np.nan, np.nan)
+    return Difference(float((a - b).mean()), float(low), float(high), float(p), len(a))
+
+
+def _paired_t(both: np.ndarray, level: float) -> tuple[float, float, float]:
+    """Return (low, high, p) of Student's paired test of values of shape (pairs, 2); NaN below two pairs."""
+    n, scale = len(both), np.abs(both).max(initial=0)
+    difference = both[:, 0] - both[:, 1]
+    if n < 2:
+        return np.nan, np.nan, np.nan
+    if (np.abs(difference) <= _ROUNDING * scale).all():
+        return 0.0, 0.0, 1.0
+    mean, error = difference.mean(), max(difference.std(ddof=1), _RESOLUTION * scale) / np.sqrt(n)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * error
+    return mean - half, mean + half, 2 * stats.t.sf(abs(mean) / error, n - 1)
+
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    """Correct after Holm (1979), step down; NaN, which is not tested yet, stays and belongs to the family."""
+    order = np.argsort(p)  # NaN comes last
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return corrected
+
+
 def _larger(table):
     larger = [(row.a if row.difference > 0 else row.b) if row.differs else None for row in table.itertuples()]
     return pd.Series(larger, dtype=object)
 
 
-def _pairs(by, arms, against):
+def _pairs(arms, against):
     """Return the pairs of arms to compare."""
-    if len(arms) < 2:
-        raise ValueError(f"column {by!r} has one arm only, {arms}: nothing to compare")
     if against is None:
         return list(itertools.combinations(arms, 2))
     pairs = against if isinstance(against, list) else [(arm, against) for arm in arms if arm != against]
@@ -210,17 +296,21 @@ def _with_value(frame, value, finite=False):
 
 
 def _check(frame, groups, value, level, runs):
-    """Check the columns, the level, sizes kept apart, and each run once in its group."""
+    """Check the columns, the level, and that each run is once in its group."""
     for name in (*groups, *runs, value):
         if name not in frame.columns:
             raise _checks.unknown("column", name, frame.columns)
     if not pd.api.types.is_numeric_dtype(frame[value]):
         raise TypeError(f"column {value!r} holds {frame[value].dtype}, not numbers")
-    check_level(level)
-    if "size" in frame.columns and "size" not in groups and frame["size"].nunique() > 1:
-        raise ValueError(f"sizes {list(frame['size'].unique())} do not mix: choose one, or group by 'size' too")
+    _check_level(level)
     present = frame[frame[value].notna()]
     repeated = present[present.duplicated([*groups, *runs])] if runs else present[:0]
     for _, row in repeated[:1].iterrows():
         where = f"{', '.join(runs)} {row[runs].tolist()} comes more than once in the group {row[groups].to_dict()}"
         raise ValueError(f"{where}: group by the columns in which these rows differ as well")
+
+
+def _check_level(level: float) -> None:
+    """Check that a coverage is one."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must be a fraction between 0 and 1, such as 0.95, not {level!r}")

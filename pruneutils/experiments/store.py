@@ -20,9 +20,6 @@ from .._files import write_whole
 
 Record = dict[str, Any]
 
-_strict = json.JSONEncoder(allow_nan=False).encode
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no word for these numbers, so they are strings in a record
-
 
 class Store:
     """The records of a folder, which is made by `prepare`."""
@@ -47,7 +44,7 @@ class Store:
         path = f"{self.folder}/{key}.json"  # a string: joining paths would take longer than short runs
         try:
             with open(path, encoding="utf-8") as file:
-                return _checked(decoded(file.read()), key)
+                return _checked(json.load(file), key)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
@@ -109,38 +106,9 @@ def _checked(record, key):
 
 
 def encoded(record: Record) -> str:
-    """Return a record as strict JSON, a line for each of its parts."""
-    record = record | {"metrics": _each(record["metrics"], _to_json)}
-    lines = (f"{_strict(name)}: {_strict(value)}" for name, value in record.items())
+    """Return a record as JSON, a line for each of its parts; NaN and infinity stand there as Python writes them."""
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def decoded(text: str) -> Any:
-    """Return what `encoded` made text of; older records have bare NaN, which Python reads too."""
-    record = json.loads(text)
-    if isinstance(record, dict) and "metrics" in record:
-        record["metrics"] = _each(record["metrics"], _from_json)
-    return record
-
-
-def _each(value, change):
-    """Return the value with `change` applied to everything that is no list or dict."""
-    if isinstance(value, list):
-        return [_each(item, change) for item in value]
-    return {name: _each(item, change) for name, item in value.items()} if isinstance(value, dict) else change(value)
-
-
-def _to_json(value):
-    """Write numbers that are not finite as strings, and such strings with a quote before them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)
-    return f"'{value}" if isinstance(value, str) and value.lstrip("'") in _NOT_FINITE else value
-
-
-def _from_json(value):
-    if isinstance(value, str) and value.lstrip("'") in _NOT_FINITE:
-        return value[1:] if value.startswith("'") else float(value)
-    return value
 
 
 def key_of(config: dict) -> str:

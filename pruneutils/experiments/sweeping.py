@@ -17,19 +17,18 @@ import pandas as pd
 from loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
 
-from .running import attempt, code_facts, processes, results, usual_number
+from .running import attempt, code_facts, processes, results
 from .store import NullStore, Store, key_of, plain
 
 _FACTS = "error seconds time device threads precision code commit python torch numpy pruneutils".split()
 BOOKKEEPING = tuple(f"run_{fact}" for fact in _FACTS)
-_WORTH_PROCESSES = 20  # seconds of work that make up for starting them
 
 
 def sweep(
     run: Callable[..., Any],
     grid: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     store: str | os.PathLike | None = None,
-    executor: Executor | str | None = None,
+    executor: Executor | None = None,
     *,
     budget_seconds: float | None = None,
     threads: int | None = 1,
@@ -44,8 +43,8 @@ def sweep(
         run: `run(**config)` returns {metric: value}, or a list of such rows, or a DataFrame; values as JSON's.
         grid: {name: value or list of values}, crossed; or a list of configs, so grids add with +.
         store: The folder that keeps a record of each run, made if it is missing; None keeps the runs in memory.
-        executor: None runs here; `processes()`, or another executor as those of concurrent.futures. "auto" does the
-            first run here and, if by its time more than 20 seconds of work are left, the others in `processes()`.
+        executor: None runs here, or in `processes()` if PRUNEUTILS_PROCESSES says how many and the runs are kept;
+            otherwise an executor as those of concurrent.futures.
         budget_seconds: No run starts later than this; those under way finish.
         threads: The torch threads of every run, whatever the executor; None leaves them alone.
         progress: Whether to show a progress bar.
@@ -67,8 +66,10 @@ def sweep(
         1   snip     1       0.6   done
     """
     configs = _configs(run, grid)
-    if executor not in (None, "auto") and not callable(getattr(executor, "submit", None)):
-        raise TypeError(f"executor must be None, 'auto' or one such as experiments.processes(), not {executor!r}")
+    if executor is None and store is not None and os.environ.get("PRUNEUTILS_PROCESSES"):
+        executor = processes()
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise TypeError(f"executor must be None or one such as experiments.processes(), not {executor!r}")
     kept = NullStore() if store is None else Store(store)
     records = {key: record for key in configs if (record := kept.read(key))}
     deaths = {}  # why a worker died, where it left no record
@@ -82,7 +83,7 @@ def sweep(
     with tqdm(total=len(configs), initial=len(configs) - len(todo), desc=kept.name, disable=hidden) as bar:
         try:
             while todo and time.time() <= deadline:
-                with closing(results(do, None if executor == "auto" else executor, dict(todo))) as ended:
+                with closing(results(do, executor, dict(todo))) as ended:
                     for key, record, death in ended:
                         if not record and not death:
                             time.sleep(0.1 / len(todo))  # it is under way in another sweep
@@ -91,12 +92,8 @@ def sweep(
                         bar.update(bool(record))
                         if death:
                             deaths[key] = death
-                            continue
-                        records[key] = record
-                        if executor == "auto":
-                            work = record["seconds"] * len(todo)
-                            executor = processes() if usual_number() > 1 and work > _WORTH_PROCESSES else None
-                            break
+                        else:
+                            records[key] = record
         except (KeyboardInterrupt, SystemExit):
             if isinstance(executor, ProcessPoolExecutor):  # ends the runs under way, too
                 executor.shutdown(kill_workers=True)
@@ -130,7 +127,7 @@ def load(store: str | os.PathLike) -> pd.DataFrame:
 def _configs(run, grid):
     """Return {key: config} in grid order, each checked to be nameable and to fit the signature of run."""
     if isinstance(grid, Mapping):
-        axes = {name: _axis(name, values) for name, values in grid.items()}
+        axes = {name: _axis(values) for name, values in grid.items()}
         grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if not isinstance(grid, (list, tuple)) or not grid or not all(isinstance(config, dict) for config in grid):
         raise ValueError(f"grid must be a dict of lists or a list of configs (dicts), not empty; got {grid!r}")
@@ -147,14 +144,11 @@ def _configs(run, grid):
     return {key_of(config): config for config in configs}
 
 
-def _axis(name, values):
+def _axis(values):
     """Return the values of one grid key as a list."""
     if isinstance(values, (str, dict)) or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
         return [values]
-    values = list(values)
-    if not values:
-        raise ValueError(f"grid key {name!r} has no values")
-    return values
+    return list(values)
 
 
 def _table(configs, records, deaths):

@@ -7,10 +7,8 @@ import torch
 from .. import _checks
 from .._torch import batches
 
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
-
-def epochs_of(train: object, batch_size: int, seed: int) -> tuple[Callable[[], Batches], int]:
+def epochs_of(train: object, batch_size: int, seed: int) -> tuple[Callable[[], Iterable], int]:
     """Return a function that starts a new epoch of shuffled batches, and the number of batches of an epoch."""
     batch_size = _checks.whole("batch_size", batch_size)
     _checks.some_data("train", train)

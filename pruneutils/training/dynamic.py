@@ -1,7 +1,6 @@
 """Dynamic sparse training: masks that move, as in SET (Mocanu et al. 2018) and RigL (Evci et al. 2020)."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,14 +17,7 @@ from .loop import OnStep
 GROWTH = ("gradient", "random")
 
 
-def regrow(
-    model: nn.Module,
-    fraction: float,
-    grow: str = "gradient",
-    data: object = None,
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    seed: int = 0,
-) -> Masks:
+def regrow(model: nn.Module, fraction: float, grow: str = "gradient", seed: int = 0) -> Masks:
     """Move weights within each masked layer, in place: drop the smallest kept ones and grow as many elsewhere.
 
     All weights that are then pruned can grow, as in both papers. One that is dropped and grown again stays as it was;
@@ -34,10 +26,9 @@ def regrow(
     Args:
         model: A model with masks.
         fraction: The fraction of each layer's kept weights to move; `round(fraction * kept)` of them.
-        grow: "gradient": where the gradient of the loss is largest in magnitude (RigL); "random": anywhere (SET).
-        data: One (inputs, targets) batch or an iterable of them for the gradient. None: what the last backward pass has
-            left in `.grad`, at no cost; it has to run inside `with pu.model_utils.dense_gradients(model):`.
-        loss_fn, seed: As for `prune`; the seed is that of random growth.
+        grow: "gradient": where `.grad` is largest in magnitude after a backward pass inside `with
+            pu.model_utils.dense_gradients(model):` (RigL); "random": anywhere (SET).
+        seed: Of random growth.
 
     Returns:
         The new masks, with as many weights in each layer as before.
@@ -60,8 +51,6 @@ def regrow(
     if grow == "random":
         # a seed of its own: masks that were drawn from this one would grow back what is dropped
         wanted = scores(model, "random", seed=generator(seed, "grow").initial_seed())
-    elif data is not None:
-        wanted = scores(model, "gradient", data, loss_fn=loss_fn, seed=seed, train_mode=model.training)
     else:
         wanted = _present_gradients({name: weights[name] for name in masks}, masks)
     moved = {name: _move(name, weights[name], mask, wanted[name], fraction) for name, mask in masks.items()}
@@ -71,13 +60,7 @@ def regrow(
 
 
 def dynamic_sparsity(
-    grow: str = "gradient",
-    every: int = 100,
-    until: float = 0.75,
-    initial: float = 0.3,
-    data: object = None,
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    seed: int = 0,
+    grow: str = "gradient", every: int = 100, until: float = 0.75, initial: float = 0.3, seed: int = 0
 ) -> OnStep:
     """Make a function that calls `regrow` now and then while a model trains; the defaults are RigL's.
 
@@ -85,7 +68,7 @@ def dynamic_sparsity(
     pu.model_utils.dense_gradients(model):` where weights grow by the gradient in `.grad`.
 
     Args:
-        grow, data, loss_fn, seed: As for `regrow`.
+        grow, seed: As for `regrow`.
         every, until: Move weights after every so many steps, until this fraction of all steps.
         initial: The fraction of weights to move at the beginning; it falls to 0 along a cosine.
 
@@ -107,9 +90,9 @@ def dynamic_sparsity(
     def on_step(model: nn.Module, step: int, steps: int) -> None:
         if step % every == 0 and step < until * steps:
             fraction = initial / 2 * (1 + math.cos(math.pi * (step / (until * steps))))
-            regrow(model, fraction, grow, data, loss_fn, derive_seed(seed, step))
+            regrow(model, fraction, grow, derive_seed(seed, step))
 
-    on_step.dense_gradients = grow == "gradient" and data is None  # see `fit`
+    on_step.dense_gradients = grow == "gradient"  # see `fit`
     return on_step
 
 
@@ -125,8 +108,8 @@ def _move(name, weight, mask, wanted, fraction) -> torch.Tensor:
 def _present_gradients(weights, masks) -> dict[str, torch.Tensor]:
     """Return what the last backward pass has left, unless the gradients of pruned weights were masked."""
     if missing := [name for name, weight in weights.items() if weight.grad is None]:
-        raise ValueError(f"no gradient on {', '.join(missing)}; call regrow after backward(), or give it data")
+        raise ValueError(f"no gradient on {', '.join(missing)}; call regrow after backward()")
     if gradients_masked(weights.values()) and not any(weights[n].grad[~mask].any() for n, mask in masks.items()):
-        way = "run the backward pass inside `with pu.model_utils.dense_gradients(model):`, or give regrow data"
+        way = "run the backward pass inside `with pu.model_utils.dense_gradients(model):`"
         raise ValueError(f"the gradients of all pruned weights were masked; {way}")
     return {name: weight.grad for name, weight in weights.items()}

@@ -1,7 +1,8 @@
 """Pruning while training: `gradual` for whole experiments, `gradual_sparsity` for any training loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from .. import _checks
 from .._evaluation import of_returned
 from .._torch import derive_seed
+from ..model_utils import Masks
 from ..pruning import Granularity, Schedule, Scope, plan, prune
 from ..pruning.criteria import Scores, bind
 from ..pruning.granularities import find
@@ -22,37 +24,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass
-class RepeatedPruning:
-    """The arguments of `prune` that are the same in every pruning of a training, checked before it begins."""
-
-    criterion: str | Callable[..., Scores] = "magnitude"
-    scope: str | Scope = "global"
-    granularity: str | Granularity = "weight"
-    data: object = None
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    exclude: str | Iterable[str] = ()
-    seed: int = 0
-    options: Mapping[str, object] = field(default_factory=dict)  # of the criterion
-
-    def __post_init__(self):
-        if isinstance(self.data, Iterator):
-            self.data = list(self.data)  # every pruning needs its batches
-        _checks.choose("scope", self.scope, SCOPES)
-        find(self.granularity)
-        bind(self.criterion, self.data, self.loss_fn, self.seed, self.options)
-
-    def check(self, model: nn.Module, sparsities: Iterable[float]) -> None:
-        """Raise what `prune` would raise only after a part of the training."""
-        target = Target.of(model, self.exclude)
-        for sparsity in sparsities:
-            plan(target, sparsity, self.scope, self.granularity)
-
-    def __call__(self, model: nn.Module, sparsity: float) -> None:
-        """Prune the model to a sparsity."""
-        arguments = dict(vars(self))
-        options = arguments.pop("options")
-        prune(model, sparsity=sparsity, **arguments, **options)
+def checked_prune(
+    criterion: str | Callable[..., Scores] = "magnitude",
+    scope: str | Scope = "global",
+    granularity: str | Granularity = "weight",
+    data: object = None,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    exclude: str | Iterable[str] = (),
+    seed: int = 0,
+    **options: object,
+) -> Callable[..., Masks]:
+    """Return `prune` with these arguments, which are checked now, before a training begins."""
+    if isinstance(data, Iterator):
+        data = list(data)  # every pruning needs its batches
+    _checks.choose("scope", scope, SCOPES)
+    find(granularity)
+    bind(criterion, data, loss_fn, seed, options)
+    options |= dict(criterion=criterion, scope=scope, granularity=granularity)
+    return partial(prune, data=data, loss_fn=loss_fn, exclude=exclude, seed=seed, **options)
 
 
 def gradual(
@@ -103,15 +92,16 @@ def gradual(
 
     sparsities = _ascending(sparsities)
     loss_fn = of_returned(fit_options.get("loss_fn"), fit_options.get("output"))
-    pruning = RepeatedPruning(criterion, scope, granularity, data, loss_fn, exclude, seed)
-    pruning.check(model, sparsities)
+    pruning = checked_prune(criterion, scope, granularity, data, loss_fn, exclude, seed)
+    for sparsity in sparsities:
+        plan(Target.of(model, exclude), sparsity, scope, granularity)  # an error now, not after a part of the training
     if epochs is None and recovery is None:
         epochs_each = _checks.whole("epochs_each", 1 if epochs_each is None else epochs_each)
         fitting = dict(fit_options, test=test, epochs=epochs_each, on_step=on_step)
         check_arguments(model, train, seed=seed, **fitting)
         tables = []
         for stage, sparsity in enumerate(sparsities):
-            pruning(model, sparsity)
+            pruning(model, sparsity=sparsity)
             restart_seed = derive_seed(seed, stage) if stage else seed  # the first equals prune and fit
             table = fit(model, train, seed=restart_seed, **fitting)
             tables.append(table.assign(epoch=table.epoch + stage * epochs_each, stage=stage + 1))
@@ -130,7 +120,7 @@ def gradual(
 
     def prune_if_due(model, step, steps):
         if step in sparsity_after:
-            pruning(model, sparsity_after[step])
+            pruning(model, sparsity=sparsity_after[step])
         if on_step is not None and step > 0:
             on_step(model, step, steps)
 
@@ -145,17 +135,10 @@ def gradual_sparsity(
     begin: float = 0.0,
     end: float = 0.5,
     every: int = 100,
-    criterion: str | Callable[..., Scores] = "magnitude",
     *,
     start: float = 0.0,
     schedule: str | Schedule = "cubic",
-    scope: str | Scope = "global",
-    granularity: str | Granularity = "weight",
-    data: object = None,
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    exclude: str | Iterable[str] = (),
-    seed: int = 0,
-    **options: object,
+    **prune_options: object,
 ) -> OnStep:
     """Make a function that prunes while a model trains, along a ramp of sparsities (Zhu and Gupta 2017).
 
@@ -163,10 +146,11 @@ def gradual_sparsity(
 
     Args:
         target: The sparsity at the end of the ramp, a fraction.
-        begin, end, every: Prune every so many steps between these fractions of all steps, and at the end.
-        criterion, scope, granularity, data, loss_fn, exclude, seed, options: As for `prune`.
+        begin, end, every: Prune every so many steps between these fractions of all steps, and at the end. A ramp of
+            no more than `every` steps is a single pruning, and warns.
         start: The sparsity at the beginning of the ramp; the model must not have more then.
         schedule: How the sparsity grows from `start` to `target`, as for `prune`; "cubic" removes most at first.
+        prune_options: As for `prune`: criterion, scope, granularity, data, loss_fn, exclude, seed, and the criterion's.
 
     Returns:
         A function `(model, step, steps)`: `step` counts from 1, `steps` is how many there are in all.
@@ -183,14 +167,17 @@ def gradual_sparsity(
         raise ValueError(f"the ramp must end after its begin={begin!r} and after step 0, not at end={end!r}")
     _checks.whole("every", every)
     sparsity_of = _checks.choose("schedule", schedule, SCHEDULES)
-    pruning = RepeatedPruning(criterion, scope, granularity, data, loss_fn, exclude, seed, options)
+    pruning = checked_prune(**prune_options)
 
     def prune_on_ramp(model: nn.Module, step: int, steps: int) -> None:
         first, last = round(begin * steps), max(1, round(end * steps))
+        if step == 1 and begin < end and last - first <= every:
+            message = f"the ramp of {last - first} steps is one pruning, at step {last}; choose less than every={every}"
+            warnings.warn(message, stacklevel=_checks.callers_level())
         if step == last:
-            pruning(model, target)
+            pruning(model, sparsity=target)
         elif first < step < last and (step - first) % every == 0:
-            pruning(model, sparsity_of((step - first) / (last - first), start, target))
+            pruning(model, sparsity=sparsity_of((step - first) / (last - first), start, target))
 
     return prune_on_ramp
 

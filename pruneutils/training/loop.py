@@ -6,7 +6,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,10 @@ from torch import nn
 
 from .. import _checks
 from .._evaluation import LEFT_OUT, Judge, Metric, Output, cross_entropy
-from .._torch import autocast, device_of, in_mode, resolve_precision, seed_device
+from .._torch import autocast, device_of, forward, in_mode, resolve_precision, seed_device, to_device
 from ..model_utils import count, dense_gradients
 from . import numerics, optimizers
-from .batches import Batches, epochs_of
+from .batches import epochs_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,11 +104,11 @@ def fit(
                     continue
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * setup.lr_factor((step - 1) / steps)
-                inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                inputs, targets = to_device((inputs, targets), device)
                 seed_device(device, setup.seed * 1_000_003 + step)  # a run from `start_step` draws the same dropout
                 with autocast(setup.precision, device), _restore_on_error(model, first_batch=seen == 0):
                     with _checks.add_shapes_to_errors(inputs, targets):
-                        returned = model(inputs)
+                        returned = forward(model, inputs, whole=judge.output is not None)
                     outputs = judge.outputs(returned)
                     judged = judge(outputs, targets)
                     loss = setup.loss_fn(outputs, targets)
@@ -123,42 +122,20 @@ def fit(
                     on_step(model, step, steps)
             if seen == 0:
                 continue  # all of this epoch lies before start_step
-            _check_finite(model, loss_sum.item() / seen, f"in epoch {epoch} of {epochs} (lr {rates[0]:g}")
+            loss = loss_sum.item() / seen
+            _check_finite(model, loss, f"in epoch {epoch} of {epochs} (lr {rates[0]:g}")
             measure = test is not None and (epoch % test_every == 0 or epoch == epochs)
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": loss_sum.item() / seen,
-                    "train_accuracy": judge.mean(sums),
-                    "test_accuracy": judge.accuracy(model, test, setup.precision) if measure else float("nan"),
-                    "sparsity": _sparsity(model),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "precision": setup.precision,
-                    "seconds": time.perf_counter() - started,
-                }
-            )
+            test_accuracy = judge.accuracy(model, test, setup.precision) if measure else float("nan")
+            row = [epoch, loss, judge.mean(sums), test_accuracy, _sparsity(model), optimizer.param_groups[0]["lr"]]
+            rows.append([*row, setup.precision, time.perf_counter() - started])
     import pandas as pd
 
     columns = "epoch train_loss train_accuracy test_accuracy sparsity lr precision seconds"
     return pd.DataFrame(rows, columns=columns.split())
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What `fit` makes of its arguments, once they are checked."""
-
-    optimizer: torch.optim.Optimizer
-    lr_factor: Callable[[float], float]  # of the progress in [0, 1]
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    precision: str  # "float32" or "bfloat16"
-    seed: int
-    new_epoch: Callable[[], Batches]  # starts an epoch in a new order
-    per_epoch: int  # steps
-    judge: Judge
-
-
-def check_arguments(model: nn.Module, train: object, **options: object) -> Setup:
-    """Check the arguments of `fit(model, train, **options)`, before anything changes."""
+def check_arguments(model: nn.Module, train: object, **options: object) -> SimpleNamespace:
+    """Check the arguments of `fit(model, train, **options)`, before anything changes; return them as it needs them."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
     if foreign := [name for name in options if name not in defaults]:
         raise TypeError(f"fit has no argument {foreign[0]!r}; {_checks.nearest(foreign[0], defaults)}")
@@ -167,21 +144,22 @@ def check_arguments(model: nn.Module, train: object, **options: object) -> Setup
     _checks.whole("epochs", call.epochs)
     _checks.whole("test_every", call.test_every)
     _checks.whole("start_step", call.start_step, least=0)
-    seed = _checks.whole("seed", call.seed, least=0)
+    call.seed = _checks.whole("seed", call.seed, least=0)
     if call.test is not None and isinstance(_checks.some_data("test", call.test), Iterator):
         raise TypeError(f"test is measured after every epoch: give data that can be read again, not {call.test!r:.60}")
     _checks.a_function("on_step", call.on_step)
     _checks.a_function("loss_fn", call.loss_fn)
-    lr_factor = _checks.choose("lr_schedule", call.lr_schedule, optimizers.LR_SCHEDULES)
-    judge = Judge(output=call.output, metric=call.metric, left_out=getattr(call.loss_fn, "ignore_index", LEFT_OUT))
-    precision = resolve_precision(call.precision, call.model)
-    new_epoch, per_epoch = epochs_of(call.train, call.batch_size, seed)
+    call.lr_factor = _checks.choose("lr_schedule", call.lr_schedule, optimizers.LR_SCHEDULES)
+    call.judge = Judge(output=call.output, metric=call.metric, left_out=getattr(call.loss_fn, "ignore_index", LEFT_OUT))
+    call.loss_fn = call.loss_fn or cross_entropy
+    call.precision = resolve_precision(call.precision, call.model)
+    call.new_epoch, call.per_epoch = epochs_of(call.train, call.batch_size, call.seed)
     if call.steps_per_epoch is not None:
-        per_epoch = min(per_epoch, _checks.whole("steps_per_epoch", call.steps_per_epoch))
-    if call.start_step > (steps := call.epochs * per_epoch):
+        call.per_epoch = min(call.per_epoch, _checks.whole("steps_per_epoch", call.steps_per_epoch))
+    if call.start_step > (steps := call.epochs * call.per_epoch):
         raise ValueError(f"start_step={call.start_step} is beyond the end of training after {steps} steps")
-    optimizer = optimizers.create(call.optimizer, call.model, call.lr, call.weight_decay)
-    return Setup(optimizer, lr_factor, call.loss_fn or cross_entropy, precision, seed, new_epoch, per_epoch, judge)
+    call.optimizer = optimizers.create(call.optimizer, call.model, call.lr, call.weight_decay)
+    return call
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .. import _checks
-from ..pruning import Scope, sparsity_at
+from ..pruning import Scope, plan, sparsity_at
 from ..pruning.criteria import Scores
-from .gradual import RepeatedPruning
+from ..target import Target
+from .gradual import checked_prune
 from .loop import OnStep, check_arguments, fit
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def lottery_ticket(
     import pandas as pd
 
     _checks.whole("rounds", rounds)
-    pruning = RepeatedPruning(criterion, scope, exclude=exclude, seed=seed)
-    pruning.check(model, [sparsity])
+    pruning = checked_prune(criterion, scope, exclude=exclude, seed=seed)
+    plan(Target.of(model, exclude), sparsity, scope, "weight")
     steps = epochs * check_arguments(model, train, epochs=epochs, seed=seed, **fit_options).per_epoch
     if _checks.whole("rewind_step", rewind_step, least=0) > steps:
         raise ValueError(f"rewind_step={rewind_step} is beyond the end of training after {steps} steps")
@@ -72,7 +73,7 @@ def lottery_ticket(
     take_snapshot(model, 0, steps)
     tables = [fit(model, train, test, epochs, seed=seed, on_step=take_snapshot, **fit_options).assign(round=0)]
     for turn in range(1, rounds + 1):
-        pruning(model, sparsity_at(turn / rounds, sparsity))
+        pruning(model, sparsity=sparsity_at(turn / rounds, sparsity))
         model.load_state_dict(snapshot)  # masks stay on, and hold
         table = fit(model, train, test, epochs, seed=seed, start_step=rewind_step, on_step=on_step, **fit_options)
         tables.append(table.assign(round=turn))

@@ -41,7 +41,11 @@ frame = pu.experiments.sweep(run, grid, pu.notebook.store("toy"), budget_seconds
 print(frame.status.value_counts().to_string())
 """
 EARLY = """
-print(len(pu.notebook.recorded("toy", "medium")), "recorded")
+runs = pu.notebook.recorded("toy", "medium")
+print(len(runs), "recorded")
+"""
+SHOWN = """
+best = runs.accuracy.max()
 """
 ANSWER = """
 print(sorted(pu.notebook.recorded("toy", "medium").accuracy), len(frame))
@@ -50,7 +54,15 @@ print(sorted(pu.notebook.recorded("toy", "medium").accuracy), len(frame))
 
 @pytest.fixture
 def toy(tmp_path):
-    codes = {PARAMETERS: "parameters", EARLY: "answer", RUN: "run", SWEEP: "sweep", SECOND: "sweep", ANSWER: "answer"}
+    codes = {
+        PARAMETERS: "parameters",
+        EARLY: "answer",
+        SHOWN: "shown",
+        RUN: "run",
+        SWEEP: "sweep",
+        SECOND: "sweep",
+        ANSWER: "answer",
+    }
     cells = [new_code_cell(code, metadata={"tags": [tag]}) for code, tag in codes.items()]
     cells.insert(0, new_markdown_cell("# Does it go on?"))
     path = tmp_path / "notebooks" / "toy.ipynb"
@@ -62,7 +74,7 @@ def toy(tmp_path):
 
 
 def call(path, *options, cwd="/"):
-    command = [sys.executable, "-m", "pruneutils.notebook", *options, path]
+    command = [sys.executable, ROOT / "docs" / "execute.py", *options, path]
     environment = {name: value for name, value in os.environ.items() if name != "PRUNEUTILS_SIZE"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "unknown parameter" not in done.stderr, done.stderr

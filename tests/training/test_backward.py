@@ -17,20 +17,15 @@ LAYERS = {
     "conv2d circular": (lambda bias: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", bias=bias), (2, 4, 9, 9)),
     "conv2d unbatched": (lambda bias: nn.Conv2d(4, 6, 3, bias=bias), (4, 9, 9)),
     "conv3d": (lambda bias: nn.Conv3d(2, 3, 3, bias=bias), (2, 2, 5, 5, 5)),
-    "transposed 1d": (lambda bias: nn.ConvTranspose1d(4, 6, 3, bias=bias), (2, 4, 9)),
     "transposed 2d": (lambda bias: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=bias), (2, 4, 5, 5)),
-    "transposed 3d": (lambda bias: nn.ConvTranspose3d(2, 3, 2, bias=bias), (2, 2, 3, 3, 3)),
     # an input of the weight's shape: nothing may tell the two apart by that
     "square": (lambda bias: nn.Linear(5, 5, bias=bias), (5, 5)),
 }
 
 
-def random_masks(model, seed=0, density=0.5):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(weight.shape, generator=generator) < density
-        for name, weight in pu.prunable_weights(model).items()
-    }
+def random_masks(model):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(w.shape, generator=generator) < 0.5 for name, w in pu.prunable_weights(model).items()}
 
 
 def draw(*shape, seed=1, dtype=torch.float32):
@@ -45,17 +40,11 @@ def gradients(model, inputs, upstream):
     return outputs, first, rest
 
 
-def net(bias=True, inplace=True):
+def net():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(2, 4, 3, bias=bias),
-            nn.ReLU(inplace=inplace),
-            nn.ConvTranspose2d(4, 3, 3, bias=bias),
-            nn.ReLU(inplace=inplace),
-            nn.Flatten(),
-            nn.Linear(3 * 36, 5, bias=bias),
-        )
+        convolutions = nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.ConvTranspose2d(4, 3, 3), nn.ReLU(inplace=True)
+        return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(3 * 36, 5))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -82,11 +71,9 @@ def test_a_layer(kind, bias, dtype):
 
 def test_closed_form_of_a_deep_net():
     """dL/dx = W1' * relu' * W2' * dy with W' = mask * W, but dL/dW1 = (W2'... dy) x: each by hand in float64."""
-    generator = torch.Generator().manual_seed(0)
     first, second = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
-    model, masks = nn.Sequential(first, nn.ReLU(), second), {}
-    for name, weight in pu.prunable_weights(model).items():
-        masks[name] = torch.rand(weight.shape, generator=generator) < 0.6
+    model = nn.Sequential(first, nn.ReLU(), second)
+    masks = random_masks(model)
     x, dy = draw(5, 3, dtype=torch.float64), draw(5, 2, seed=2, dtype=torch.float64)
     with backward_pruned(model, masks), torch.enable_grad():
         _, dx, (dw1, db1, dw2, db2) = gradients(model, x, dy)

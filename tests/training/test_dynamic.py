@@ -1,4 +1,3 @@
-import copy
 import math
 
 import pytest
@@ -56,22 +55,6 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradient():
     masks = regrow(model, 0.6)  # 1.8 of 3: two of them
     assert masks["weight"].tolist() == [[True, False, False, False, True, True]]
     assert model.weight.tolist() == [[3.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
-
-
-def test_gradient_from_data_is_the_dense_one_of_the_present_mode_and_leaves_no_trace():
-    for train in (True, False):
-        model = pruned_net().train(train)
-        by_grad, state = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-        inputs, targets = batch()
-        with pu.model_utils.dense_gradients(by_grad):
-            F.cross_entropy(by_grad(inputs), targets).backward()
-        generator_state = torch.random.get_rng_state()
-        masks = regrow(model, 0.4, data=(inputs, targets))
-        expected = regrow(by_grad, 0.4)
-        assert all(torch.equal(masks[name], expected[name]) for name in expected)
-        assert torch.equal(torch.random.get_rng_state(), generator_state)
-        assert model.training == train and all(p.grad is None for p in model.parameters())
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if "running" in name)
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,7 +149,7 @@ def test_errors_change_nothing():
     for weight in pu.prunable_weights(model).values():
         weight.grad = torch.ones_like(weight)
     model[6].weight.grad[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="6.weight: 1 of 480 scores are NaN"):
+    with pytest.raises(ValueError, match="6.weight: some scores are NaN"):
         regrow(model, 0.3)
     assert all(torch.equal(mask, before[name]) for name, mask in pu.get_masks(model).items())
     for wrong in (dict(every=0), dict(every=1.5), dict(until=2), dict(initial=-1), dict(grow="rigl")):
@@ -176,9 +159,7 @@ def test_errors_change_nothing():
 
 def test_the_hook_moves_at_its_steps_only_with_the_fraction_of_its_time(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        dynamic, "regrow", lambda model, fraction, grow, data, loss_fn, seed: calls.append((fraction, seed))
-    )
+    monkeypatch.setattr(dynamic, "regrow", lambda model, fraction, grow, seed: calls.append((fraction, seed)))
     hook = dynamic_sparsity("random", every=10, until=0.5, initial=0.4, seed=3)
     moved = []
     for step in range(1, 101):

@@ -11,28 +11,21 @@ from pruneutils.training import lottery
 
 
 @pytest.mark.parametrize("rewind_step", [0, 4])
-def test_a_lottery_ticket_is_rewound_and_trained_on_from_there(rewind_step):
-    model, data, starts, snapshots = net(), samples(), [], {}
+def test_a_lottery_ticket_is_rewound_and_trained_on_from_there(rewind_step, monkeypatch):
+    model, data, starts, real_fit = net(), samples(), [], lottery.fit
     first = {0: copy.deepcopy(model.state_dict())}
     options = dict(epochs=2, batch_size=8, optimizer=plain_sgd, lr_schedule="cosine")
 
     def note(model, step, steps):
         if step <= rewind_step and step not in first:
             first[step] = copy.deepcopy(model.state_dict())
-        if step == rewind_step + 1:
-            snapshots[len(snapshots)] = copy.deepcopy(model.state_dict())
-
-    real_fit = lottery.fit
 
     def fit(model, *args, **kwargs):
         starts.append((copy.deepcopy(model.state_dict()), pu.get_masks(model), kwargs.get("start_step", 0)))
         return real_fit(model, *args, **kwargs)
 
-    lottery.fit = fit
-    try:
-        table = pu.lottery_ticket(model, data, data, 0.8, 3, rewind_step=rewind_step, on_step=note, **options)
-    finally:
-        lottery.fit = real_fit
+    monkeypatch.setattr(lottery, "fit", fit)
+    table = pu.lottery_ticket(model, data, data, 0.8, 3, rewind_step=rewind_step, on_step=note, **options)
     total = pu.count(model).total
     assert table.groupby("round").sparsity.first().tolist() == [
         round(pu.pruning.sparsity_at(i / 3, 0.8) * total) / total for i in range(4)
