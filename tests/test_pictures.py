@@ -7,32 +7,26 @@ import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from IPython.core.pylabtools import print_figure
+from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from mpl_toolkits.mplot3d.art3d import Text3D
+from PIL import Image
+from torch import nn
+
+import pruneutils as pu
+from pruneutils import plots
 
 matplotlib.use("Agg")
-
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from IPython.core.pylabtools import print_figure  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axis import Axis  # noqa: E402
-from matplotlib.colors import to_hex  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
-from mpl_toolkits.mplot3d.art3d import Text3D  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import nn  # noqa: E402
-
-import pruneutils as pu  # noqa: E402
-from pruneutils import plots  # noqa: E402
-
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FILES = sorted((ROOT / "images").glob("*.png"))
-
-
-# --- What is stored --------------------------------------------------------------------------------------------------
+FILES = sorted([*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "images").glob("*.png")])
 
 
 def touches_the_border(png: bytes) -> bool:
@@ -42,54 +36,33 @@ def touches_the_border(png: bytes) -> bool:
     return any((abs(strip - pixels[0, 0]).sum(-1) > 60).sum() > 3 for strip in strips)
 
 
-def stored(notebook: Path):
-    """Yield (cell, PNG) of each picture among the outputs."""
-    for number, cell in enumerate(json.loads(notebook.read_text())["cells"]):
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                yield number, base64.b64decode("".join(output["data"]["image/png"]))
+def stored(file: Path) -> list[bytes]:
+    """The PNG in a file, or those among the outputs of a notebook."""
+    if file.suffix == ".png":
+        return [file.read_bytes()]
+    outputs = [output for cell in json.loads(file.read_text())["cells"] for output in cell.get("outputs", [])]
+    return [base64.b64decode("".join(o["data"]["image/png"])) for o in outputs if "image/png" in o.get("data", {})]
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_pictures_stored_in_notebooks_are_whole(notebook):
-    assert [number for number, png in stored(notebook) if touches_the_border(png)] == []
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
+def test_pictures_stored_in_notebooks_and_files_are_whole(file):
+    assert [number for number, png in enumerate(stored(file)) if touches_the_border(png)] == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_pictures_in_files_are_whole(file):
-    assert not touches_the_border(file.read_bytes())
-
-
-# --- What is drawn ---------------------------------------------------------------------------------------------------
-
-
-def named_as(names, width=8):
+def named_as(names):
     """A small network with layers of these names: what matters here are their number and their names."""
     torch.manual_seed(0)
-    model = nn.Module()
-    for name in names:
-        inner, (*path, last) = model, name.split(".")
-        for part in path:
-            if not hasattr(inner, part):
-                setattr(inner, part, nn.Module())
-            inner = getattr(inner, part)
-        setattr(inner, last, nn.Linear(width, width))
-    return model
+    return nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
 
 
 def pruned(names, empty=()):
     model = named_as(names)
-    keep = {name: torch.rand_like(w) < 0.4 for name, w in pu.prunable_weights(model).items()}
-    pu.set_masks(model, keep | {f"{name}.weight": torch.zeros(8, 8, dtype=torch.bool) for name in empty})
+    pu.set_masks(model, {f"{name}.weight": torch.rand(8, 8) < 0.4 * (name not in empty) for name in names})
     return model
 
 
 def histograms(names, empty=(), **fixed):
     return lambda **o: plots.layer_histograms(pruned(names, empty), named_as(names), **fixed, **o)
-
-
-def table(names, empty=()):
-    return pu.layer_table(pruned(names, empty))
 
 
 def runs(methods, sparsities):
@@ -100,9 +73,8 @@ def runs(methods, sparsities):
 
 
 LENET300 = ["fc1", "fc2", "fc3"]
-VGG = [f"features.{i}" for i in range(13)] + ["classifier"]
-DEEP = [f"stages.{stage}.blocks.{block}.reduction" for stage in range(9) for block in range(6)]
-LONG = ["encoder.first_stage.first_block.depthwise_convolution", "encoder.second_stage.pointwise", "head"]
+DEEP = [f"stages_{stage}_blocks_{block}_reduction" for stage in range(9) for block in range(6)]
+LONG = ["encoder_first_stage_first_block_depthwise_convolution", "encoder_second_stage_pointwise", "head"]
 CRITERIA = ["random", "magnitude", "snip", "grasp", "synflow", "magnitude after training", "synflow one-shot"]
 WORDY = ["published rule", "published rule, with zero_init_last=False", "pu.prune"]
 SIX = [1 - 10**-a for a in (0.05, 0.1, 0.2, 0.5, 1, 2)]
@@ -113,16 +85,14 @@ PICTURES = {
     "waterfall, long title": histograms(LENET300, title="A title longer than the picture is wide " * 4),
     "waterfall of 54": histograms(DEEP, kind="3d"),
     "flat of 54": histograms(DEEP, DEEP[:2]),
-    "bars": lambda **o: plots.layer_bars(table(LENET300), **o),
+    "bars": lambda **o: plots.layer_bars(pu.layer_table(pruned(LENET300)), **o),
     "accuracy": lambda **o: plots.accuracy_vs_sparsity(runs(CRITERIA, SIX), dense=0.97, **o),
     "accuracy, linear": lambda **o: plots.accuracy_vs_sparsity(runs(WORDY, np.arange(11) / 10), scale="linear", **o),
     "curves": lambda **o: plots.curves(EPOCHS, y="accuracy", by="method", title="Epoch by epoch", **o),
+    "curves, logarithmic": lambda **o: plots.curves(EPOCHS, "flops", "accuracy", "method", xscale="log", **o),
     "dots": lambda **o: plots.dots(runs(CRITERIA, [0.9]), reference=0.97, **o),
     "dots, in groups": lambda **o: plots.dots(runs(WORDY, SIX), x="sparsity", by="method", title="Runs", **o),
     "differences": lambda **o: plots.differences(runs(WORDY, SIX), title="Paired", **o),
-    "differences, a row an arm": lambda **o: plots.differences(
-        runs([f"a rather long name {i}" for i in range(12)], [0.5, 0.9]), title="Paired", **o
-    ),
 }
 
 

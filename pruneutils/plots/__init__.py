@@ -5,22 +5,10 @@ Fractions go in, percent is shown. Legends stand to the right of the Axes: figur
 """
 
 from . import look
-from .comparisons import differences, dots
-from .curves import accuracy_vs_sparsity, curves
-from .histograms import layer_histograms
-from .layers import layer_bars
+from .layers import layer_bars, layer_histograms
 from .look import save, style
+from .runs import accuracy_vs_sparsity, curves, differences, dots
 from .weights import weight_histograms
 
-__all__ = [
-    "accuracy_vs_sparsity",
-    "curves",
-    "differences",
-    "dots",
-    "layer_bars",
-    "layer_histograms",
-    "look",
-    "save",
-    "style",
-    "weight_histograms",
-]
+__all__ = ["accuracy_vs_sparsity", "curves", "differences", "dots", "layer_bars", "layer_histograms"]
+__all__ += ["look", "save", "style", "weight_histograms"]

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,14 +32,15 @@ _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (9, 1)), (0,
 class Style:
     """The colours of a picture: texts have a contrast of at least 4.5 to 1 with the canvas, lines of 3 to 1."""
 
-    name: str
-    canvas: str
-    text: str
-    muted: str  # notes and ticks
-    grid: str
-    alarm: str  # what has collapsed
-    methods: tuple[str, ...]  # Okabe and Ito's hues, safe for the colour-blind, as light or dark as lines have to be
-    layers: tuple[float, float]  # the part of viridis that stands out from the canvas
+    name: str = "light"
+    canvas: str = "#ffffff"
+    text: str = "#1f2328"
+    muted: str = "#59636e"  # notes and ticks
+    grid: str = "#d1d9e0"
+    alarm: str = "#BC4C00"  # what has collapsed
+    # Okabe and Ito's hues, safe for the colour-blind, as light or dark as lines have to be
+    methods: tuple = ("#005A9C", "#CB8400", "#009E73", "#A83A00", "#CC79A7", "#3A9AD9", "#1f2328", "#6B6100")
+    layers: tuple = (0.08, 0.6)  # the part of viridis that stands out from the canvas
     pyplot: bool = True
 
     def axes(self, size: tuple[float, float], projection: str | None = None) -> Axes:
@@ -71,16 +73,7 @@ class Style:
 
 
 _STYLES = {
-    "light": Style(
-        name="light",
-        canvas="#ffffff",
-        text="#1f2328",
-        muted="#59636e",
-        grid="#d1d9e0",
-        alarm="#BC4C00",
-        methods=("#005A9C", "#CB8400", "#009E73", "#A83A00", "#CC79A7", "#3A9AD9", "#1f2328", "#6B6100"),
-        layers=(0.08, 0.6),
-    ),
+    "light": Style(),
     "dark": Style(
         name="dark",
         canvas="#0d1117",
@@ -112,10 +105,15 @@ def style(name: str) -> Iterator[None]:
     chosen = find_style(name)
     token = _NAME.set(chosen.name)
     try:
-        with mpl.rc_context(chosen.rc()):
+        with _settings(chosen):
             yield
     finally:
         _NAME.reset(token)
+
+
+def _settings(style):
+    plt.draw_if_interactive()  # loads the backend first, or its settings would end with these
+    return mpl.rc_context(style.rc())
 
 
 def find_style(style: str | Style | None) -> Style:
@@ -167,19 +165,20 @@ def picture(draw: Callable[..., Axes]) -> Callable[..., Axes]:
     """Give a drawing function the keywords of every picture: title, ax, style and save, and what its docstring says."""
 
     @functools.wraps(draw)
-    def call(*args, title=None, ax=None, style=None, save=None, **options):
-        look = find_style(style)
+    def call(*args, title=None, ax=None, style=None, **options):
+        look, path = find_style(style), options.pop("save", None)
 
         def drawn_in(look, ax):
-            with mpl.rc_context(look.rc()):
+            with _settings(look):
                 return draw(*args, title=title, ax=ax, style=look, **options)
 
         drawn = drawn_in(look, ax)
-        if save is not None and ax is not None:
-            write(drawn, save)
-        elif save is not None:
-            for name, path in (("light", save), ("dark", f"{str(save).removesuffix('.png')}_dark.png")):
-                write(drawn if name == look.name else drawn_in(replace(_STYLES[name], pyplot=False), None), path)
+        if path is not None and ax is not None:
+            save(drawn, path)
+        elif path is not None:
+            for name, end in (("light", ""), ("dark", "_dark")):
+                twin = drawn if name == look.name else drawn_in(replace(_STYLES[name], pyplot=False), None)
+                save(twin, str(path).removesuffix(".png") + end)
         return drawn
 
     signature = inspect.signature(draw)
@@ -191,15 +190,14 @@ def picture(draw: Callable[..., Axes]) -> Callable[..., Axes]:
     return call
 
 
-def save(figure: Figure | Axes, path: str | Path, dpi: int = 200) -> Path:
+def save(figure: Figure | Axes, path: str | Path) -> Path:
     """Write a figure so that the same figure gives the same bytes each time.
 
     Args:
-        figure, dpi: A Figure, or an Axes of it; and its dots an inch.
-        path: Where to; .png is added unless the path has it.
+        figure, path: A Figure or an Axes of it, and where to; .png is added unless the path has it.
 
     Returns:
-        The path that was written.
+        The path that was written, with 200 dots an inch.
 
     Example:
         >>> import tempfile
@@ -207,15 +205,27 @@ def save(figure: Figure | Axes, path: str | Path, dpi: int = 200) -> Path:
         >>> pu.plots.save(ax, tempfile.mkdtemp() + "/bars").name
         'bars.png'
     """
-    figure, path = getattr(figure, "figure", None) or figure, Path(path)
-    if path.suffix != ".png":  # a name such as "at_0.9" has a suffix that belongs to the name
-        path = path.with_name(path.name + ".png")
+    figure, path = getattr(figure, "figure", None) or figure, Path(f"{str(path).removesuffix('.png')}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, metadata={"Software": None}, facecolor=figure.get_facecolor())
+    figure.savefig(path, dpi=200, metadata={"Software": None}, facecolor=figure.get_facecolor())
     return path
 
 
-write = save  # `picture` has a keyword of this name
+def percent(fraction: float, decimals: int | None = None) -> str:
+    """Write a fraction as a percentage that says 0 or 100 only where it is exactly so."""
+    if decimals is None:  # one near 0 and 1, where it matters
+        decimals = 1 if (fraction < 0.0995 or fraction > 0.9905) and round(1000 * fraction) % 10 else 0
+    if fraction in (0, 1) or not math.isfinite(fraction):
+        return f"{100 * fraction:.0f} %"
+    text, least = f"{100 * fraction:.{decimals}f}", 10.0**-decimals
+    if float(text) == 0:
+        return f"<{least:.{decimals}f} %"
+    return (f">{100 - least:.{decimals}f}" if float(text) == 100 else text) + " %"
+
+
+def short(fraction: float, _=None) -> str:
+    """Write a fraction as a percentage with as many decimals as it needs: 99.5 % beside 50 %."""
+    return f"{100 * fraction:.6g} %"
 
 
 def dress(ax: Axes, style: Style, title: str | None = None, grid: str | None = None) -> None:

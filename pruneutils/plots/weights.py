@@ -14,14 +14,11 @@ from ..model_utils import get_masks, layer_name, prunable_weights
 
 @dataclass(frozen=True)
 class LayerHistogram:
-    """Counts of one layer's weights: `counts[i]` lie between edges[i] and edges[i + 1].
-
-    The bins are equally wide between -limit and limit; the two outermost reach on to the smallest and largest weight.
-    """
+    """Counts of a layer's weights in bins equally wide from -limit to limit; the outermost reach to the last weight."""
 
     layer: str
     edges: np.ndarray  # of the bins, one more than there are bins
-    counts: np.ndarray  # of the weights kept
+    counts: np.ndarray  # of the weights kept, from edges[i] to edges[i + 1]
     before: np.ndarray | None  # counts before pruning
     limit: float  # where the axis ends: the 99.95 % quantile of the magnitudes
     total: int  # weights, kept or not
@@ -62,7 +59,7 @@ def weight_histograms(
     for name, weight in weights.items():
         if before is not None and name not in before:
             raise ValueError(f"before has no {name!r}; {nearest(name, before)}")
-        now, old = flat(weight, name), None if before is None else flat(before[name], f"before: {name}")
+        now, old = _flat(weight, name), None if before is None else _flat(before[name], f"before: {name}")
         kept = now[masks[name].reshape(-1).cpu() if name in masks else now != 0]
         layers[name] = kept, old, now.numel()
         # With `before` the range follows all weights, so that it stands still while a slider moves the sparsity.
@@ -91,7 +88,7 @@ def _count(values, n, limit) -> tuple[np.ndarray, np.ndarray]:
     return np.histogram(values.clamp(-limit, limit).numpy(), n, (-limit, limit))
 
 
-def flat(tensor, name: str) -> torch.Tensor:
+def _flat(tensor, name: str) -> torch.Tensor:
     """Return the values of a tensor in one dimension, on the CPU, in single or double precision; all must be finite."""
     values = torch.as_tensor(tensor).detach().cpu().reshape(-1)
     values = values if values.dtype == torch.float64 else values.float()

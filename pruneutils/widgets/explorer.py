@@ -16,11 +16,10 @@ from torch import nn
 
 from .. import _checks
 from ..model_utils import Masks, get_masks, set_masks
-from ..plots import look
 from ..pruning import criteria, list_criteria
 from ..pruning.granularities import Granularity, find
 from ..pruning.scopes import SCOPES, Scope
-from .picture import draw_curve, draw_layers, png
+from .picture import Pictures
 from .trial import Choice, Trial, in_code
 
 _PLACES = (0.5, 0.9, 0.8, 0.95, 0.7, 0.98, 0.6, 0.99, 0.3, 0.85, 0.97, 0.93, 0.2, 0.75, 0.965, 0.4, 0.87, 0.985, 0.0)
@@ -74,7 +73,7 @@ class SparsityExplorer:
 
     def __init__(self, trial: Trial, choice: Choice, style: str):
         self.model, self.scoring_data = trial.model, trial.scoring_data
-        self._trial, self._style = trial, look.find_style(style).name
+        self._trial, self._pictures = trial, Pictures(style)
         # JupyterLab brings moves on another thread than the one that measures: one at a time.
         self._turn, self._moves, self._task = threading.RLock(), 0, None
         trial.prune(choice)  # what is wrong with the arguments raises here
@@ -101,8 +100,8 @@ class SparsityExplorer:
         percent = {"min": 0, "max": 1, "step": 0.005, "readout_format": ".1%"}
         self.slider = ipywidgets.FloatSlider(choice.sparsity, description="sparsity", layout=wide, **percent, **named)
         norms = any(getattr(module, "running_mean", None) is not None for module in self.model.modules())
-        self.recalibrated = ipywidgets.Checkbox(value=False, description="recalibrate batch norm", indent=False)
-        self.recalibrated.disabled = not norms or self.scoring_data is None
+        disabled, words = not norms or self.scoring_data is None, "recalibrate batch norm"
+        self.recalibrated = ipywidgets.Checkbox(False, description=words, indent=False, disabled=disabled)
         self.button = ipywidgets.Button(description="Apply to the model", tooltip="Prune the model as shown")
         self.course = ipywidgets.Image(format="png", layout=wide)
         self.image = ipywidgets.Image(format="png", layout=layout(width="100%", max_width="1100px"))
@@ -163,21 +162,21 @@ class SparsityExplorer:
         trial.refresh()
         self.slider.min = trial.least
         self.masks = trial.prune(self.choice)
-        later = later and _in_a_loop()
+        later = later and asyncio._get_running_loop()  # None without a kernel: all is evaluated at once, or when asked
         if trial.subset is not None and (trial.quick or not later):
             list(itertools.chain(trial.evaluate(None), trial.evaluate(self.choice)))
         self._write()
         self._code.value = _copy_button(self.code)
-        self.image.value = png(draw_layers(trial.histograms(), self._style))
+        self.image.value = self._pictures.layers(trial.histograms())
         if trial.subset is not None:
             self._draw_curve()
             if later:
-                self._task = asyncio.get_running_loop().create_task(self._go_on(self._moves))
+                self._task = later.create_task(self._go_on(self._moves))
 
     def _draw_curve(self):
         trial, choice = self._trial, self.choice
         place = trial.masks.sparsity if choice.sparsity is None else choice.sparsity
-        self.course.value = png(draw_curve(trial.reached, choice, place, len(trial.subset[1]), self._style))
+        self.course.value = self._pictures.curve(trial.reached, choice, place, len(trial.subset[1]))
 
     def _write(self, error: Exception | None = None):
         """Write the numbers, and what is wrong; screen readers read them out when they change."""
@@ -241,15 +240,14 @@ def _weakly(method: Callable) -> Callable:
     reference = weakref.WeakMethod(method)
 
     def call(_):
-        if (bound := reference()) is None:
-            return
-        panel = bound.__self__
-        with panel._turn:
-            try:
-                bound()
-            except Exception as error:  # raised in a callback it would go to a log that nobody reads
-                panel._write(error)
-            panel.button.disabled = panel.masks is None
+        if bound := reference():
+            panel = bound.__self__
+            with panel._turn:
+                try:
+                    bound()
+                except Exception as error:  # raised in a callback it would go to a log that nobody reads
+                    panel._write(error)
+                panel.button.disabled = panel.masks is None
 
     return call
 
@@ -263,12 +261,6 @@ def _close(widget) -> None:
     widget.close()
 
 
-def _in_a_loop() -> bool:
-    with contextlib.suppress(RuntimeError):  # no kernel, nobody to wait for: all is evaluated at once, or when asked
-        return asyncio.get_running_loop() is not None
-    return False
-
-
 def _binds(criterion: str, data) -> bool:
     """Return whether a criterion needs nothing but a model and these data."""
     with contextlib.suppress(ValueError):
@@ -279,10 +271,6 @@ def _binds(criterion: str, data) -> bool:
 def _copy_button(text: str) -> str:
     """Return a button that copies `text`, beside the text itself; it works in the browser, without the kernel."""
     shown = html.escape(text, quote=True)
-    return (
-        '<div style="display: flex; gap: 8px; align-items: flex-start">'
-        f'<button type="button" class="jupyter-button widget-button" data-code="{shown}" '
-        """onclick="navigator.clipboard.writeText(this.dataset.code).then(() => { this.textContent = 'copied' })" """
-        'style="min-width: 110px; width: auto">copy as code</button>'
-        f'<code style="white-space: pre-wrap; line-height: 1.4">{shown}</code></div>'
-    )
+    copy = "navigator.clipboard.writeText(this.dataset.code).then(() => { this.textContent = 'copied' })"
+    button = f'<button class="jupyter-button widget-button" style="width: 110px" data-code="{shown}" onclick="{copy}">'
+    return f'{button}copy as code</button><code style="white-space: pre-wrap">{shown}</code>'

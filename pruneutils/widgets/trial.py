@@ -14,7 +14,7 @@ from .._checks import whole
 from .._torch import batches
 from ..costs import cost, cost_table
 from ..model_utils import Masks, accuracy, get_masks, layer_table, make_permanent, prunable_weights, set_masks
-from ..plots.weights import LayerHistogram
+from ..plots.weights import LayerHistogram, weight_histograms
 from ..pruning import LayerCollapseWarning, TiedScoresWarning, prune, scores
 from ..pruning.granularities import Granularity
 from ..pruning.scopes import Scope
@@ -67,7 +67,7 @@ class Trial:
     def release(self) -> None:
         """Forget everything that can be found anew: the copy, the scores, the histograms."""
         self._seen = self._last = self.network = self.masks = None
-        self._scores, self._bins, self.reached, self.messages, self.collapsed = {}, {}, {}, [], False
+        self._scores, self._bins, self.reached, self.messages = {}, {}, {}, []
 
     def _state(self):
         tensors = self.model.state_dict(keep_vars=True).values()
@@ -80,32 +80,25 @@ class Trial:
         self.release()
         self.network = copy.deepcopy(self.model)
         self._present = get_masks(self.model)
-        for name, weight in prunable_weights(self.model).items():
+        rows = weight_histograms(self.model, None if self._present else self.model, _BINS)
+        for row, (name, weight) in zip(rows, prunable_weights(self.model).items()):
             values = weight.detach().float().cpu().numpy().ravel()
-            limit = float(np.quantile(np.abs(values), 0.9995)) or 1.0  # one outlier must not set the axis
-            places = np.clip((values / limit + 1) * (_BINS / 2), 0, _BINS - 1).astype(np.uint8)
-            keep = self._present[name].cpu().numpy().ravel() if name in self._present else values != 0
-            counts, edges = np.bincount(places[keep], minlength=_BINS), np.linspace(-limit, limit, _BINS + 1)
-            ghost = None if self._present else counts
-            self._bins[name] = places, LayerHistogram(layer_name(name), edges, counts, ghost, limit, len(places))
+            places = np.clip((values / row.limit + 1) * (_BINS / 2), 0, _BINS - 1).astype(np.uint8)
+            self._bins[name] = places, row
         explored = prunable_weights(self.model, self.exclude)
         gone = sum(int((~mask).sum()) for name, mask in self._present.items() if name in explored)
         self.least = gone / sum(weight.numel() for weight in explored.values())  # what is pruned stays pruned
-        if self.subset is not None:
-            self._count_macs(self.subset[0][:1])
+        if self.subset is not None:  # what a weight costs, once, by pruning all: counting is linear in the weights
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                prune(self.network, sparsity=1.0)
+            table = cost_table(self.network, self.subset[0][:1])
+            each = (table["macs"] - table["sparse_macs"]) // layer_table(self.network)["total"]
+            self._macs_each = dict(zip(table["layer"], each.tolist()))
+            self._macs = cost(self.model, self.subset[0][:1]).macs
+            self.at_once = min(max(_WORK // max(self._macs, 1), 4), 500)  # images
+            self.quick = len(self.subset[1]) <= self.at_once
         self._seen = self._state()
-
-    def _count_macs(self, inputs) -> None:
-        """Count what each weight of a layer costs, once, by pruning all of them: counting is linear in the weights."""
-        self._macs = cost(self.model, inputs).macs
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            prune(self.network, sparsity=1.0)
-        table = cost_table(self.network, inputs)
-        each = (table["macs"] - table["sparse_macs"]) // layer_table(self.network)["total"]
-        self._macs_each = dict(zip(table["layer"], each.tolist()))
-        self.at_once = min(max(_WORK // max(self._macs, 1), 4), 500)  # images
-        self.quick = len(self.subset[1]) <= self.at_once
 
     def prune(self, choice: Choice) -> Masks:
         """Prune the copy as chosen and return its masks; raises what `pu.prune` does."""
@@ -132,7 +125,6 @@ class Trial:
         if choice.recalibrated:
             recalibrate(twin, self.scoring_data)
         self.messages = [str(w.message) for w in caught if w.category in (TiedScoresWarning, LayerCollapseWarning)]
-        self.collapsed = any(w.category is LayerCollapseWarning for w in caught)
         self._last = choice
         return self.masks
 
@@ -159,7 +151,8 @@ class Trial:
             yield
         masks = {} if choice is None else self.masks
         spared = sum(self._macs_each[layer_name(name)] * int((~mask).sum()) for name, mask in masks.items())
-        self.reached[choice] = Reached(hits / len(targets), self._macs - spared, bool(masks) and self.collapsed)
+        collapsed = not all(mask.any() for mask in masks.values())
+        self.reached[choice] = Reached(hits / len(targets), self._macs - spared, collapsed)
 
 
 def in_code(value: object) -> str:

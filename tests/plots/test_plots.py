@@ -1,36 +1,33 @@
 """What the pictures draw are the numbers: of runs, of tables, of scores and of weights."""
 
+import itertools
 import math
 import warnings
 
 import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import nn
+
+from pruneutils import plots
+from pruneutils.model_utils import layer_table, prunable_weights, set_masks
+from pruneutils.plots.look import find_style, method_styles
+from pruneutils.plots.runs import spread
 
 matplotlib.use("Agg")
 
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.colors import to_hex, to_rgb  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from scipy import stats  # noqa: E402
-from torch import nn  # noqa: E402
-
-from pruneutils import plots  # noqa: E402
-from pruneutils.model_utils import layer_table, prunable_weights, set_masks  # noqa: E402
-from pruneutils.plots.axes import spread  # noqa: E402
-from pruneutils.plots.look import find_style, method_styles  # noqa: E402
-
 
 @pytest.fixture(autouse=True)
-def no_figure_or_setting_is_left_behind():
-    plt.close("all")
-    settings_before = matplotlib.rcParams.copy()
+def no_figure_is_left_behind():
     yield
-    assert matplotlib.rcParams == settings_before
     plt.close("all")
 
 
@@ -47,23 +44,11 @@ def pruned(model, density=0.3, empty=()):
     return before, masks
 
 
-def table(empty=("0.weight",)):
-    model = network()
-    pruned(model, empty=empty)
-    return layer_table(model)
-
-
 def runs(methods=("magnitude", "snip"), sparsities=(0.5, 0.9, 0.98), seeds=4):
     noise = np.random.default_rng(0)
-    return pd.DataFrame(
-        {"method": m, "sparsity": s, "seed": k, "flops": 1e6 * (1 - s), "accuracy": 0.9 - s / 5 + noise.normal(0, 0.01)}
-        for m in methods
-        for s in sparsities
-        for k in range(seeds)
-    )
-
-
-# --- Errors, colours, numbers ----------------------------------------------------------------------------------------
+    grid = itertools.product(methods, sparsities, range(seeds))
+    rows = [(method, s, seed, 0.9 - s / 5 + noise.normal(0, 0.01)) for method, s, seed in grid]
+    return pd.DataFrame(rows, columns=["method", "sparsity", "seed", "accuracy"])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +56,6 @@ def runs(methods=("magnitude", "snip"), sparsities=(0.5, 0.9, 0.98), seeds=4):
     [
         (lambda: plots.layer_histograms(network(), kind="3d", ax=Figure().add_subplot()), 'projection="3d"'),
         (lambda: plots.accuracy_vs_sparsity(runs(sparsities=(0.5, 1.0))), r"\[0, 1\)"),
-        (lambda: plots.accuracy_vs_sparsity(runs().assign(size=[*"ab"] * 12)), "size"),
         (lambda: plots.differences(runs(), against="snap"), "'snap'; did you mean 'snip'"),
     ],
 )
@@ -107,19 +91,15 @@ def test_everything_stands_out_from_the_canvas(name):
     assert min(contrast(line, style.canvas) for line in (*style.methods, *style.ordered(60))) >= 2.9
 
 
-# --- Tables ----------------------------------------------------------------------------------------------------------
-
-
 def test_bars_have_the_densities_and_collapsed_layers_are_lit():
-    data = table(empty=("1.weight",))
+    model = network()
+    pruned(model, empty=("1.weight",))
+    data = layer_table(model)
     ax = plots.layer_bars(data)
     bars, lit = ax.containers
     assert [bar.get_width() for bar in bars] == list(data["kept"] / data["total"])
     assert len(lit) == 1 and lit[0].get_hatch() and lit[0].get_y() == bars[1].get_y()
     assert "0 %: collapsed" in [t.get_text() for t in ax.texts]
-
-
-# --- Runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_curves_show_means_t_intervals_and_every_run():
@@ -151,9 +131,7 @@ def test_the_last_ten_percent_have_as_much_room_as_the_first_ninety(scale, shown
 
 
 def test_curves_have_a_band_only_where_there_are_several_runs():
-    frame = pd.DataFrame(
-        {"epoch": [*range(6)] * 3, "test_accuracy": np.linspace(0.5, 0.9, 18), "seed": np.arange(18) // 6}
-    )
+    frame = pd.DataFrame({"epoch": [*range(6)] * 3, "test_accuracy": np.arange(18) / 20, "seed": np.arange(18) // 6})
     ax = plots.curves(frame)
     assert len(ax.collections) == 1 and "n = 3 seeds" in ax.get_legend().get_title().get_text()
     assert np.allclose(ax.lines[0].get_ydata(), frame.groupby("epoch")["test_accuracy"].mean())
@@ -169,11 +147,18 @@ def test_dots_are_the_runs_with_their_mean_interval_and_reference():
     assert np.allclose(means, frame.groupby("method")["accuracy"].mean())
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["published 75.0 %"]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["magnitude", "snip"]
+    assert ax.get_legend().get_title().get_text() == "dots: n = 4 seeds\nmarks: mean, 95 % t-interval"
     grouped = plots.dots(runs(), x="sparsity", by="method", interval=False)
     assert [t.get_text() for t in grouped.get_xticklabels()] == ["50 %", "90 %", "98 %"] and not grouped.lines
 
 
-# --- Differences -----------------------------------------------------------------------------------------------------
+def test_two_runs_make_a_mean_and_no_interval():
+    frame = runs(sparsities=(0.9,), seeds=5)
+    frame = frame[(frame["method"] == "snip") | (frame["seed"] < 2)]
+    ax = plots.dots(frame)
+    bars = [line for line in ax.lines if len({*line.get_ydata()[np.isfinite(line.get_ydata())]}) > 1]
+    assert [round(np.nanmean(bar.get_xdata())) for bar in bars] == [1]  # that of snip, the second arm
+    assert ax.get_legend().get_title().get_text().endswith("95 % t-interval\nof three or more")
 
 
 @pytest.mark.parametrize("reference, sign", [("magnitude", 1), ("snip", -1)])
@@ -193,12 +178,6 @@ def test_differences_are_paired_with_their_interval_and_filled_where_arms_differ
     assert hollow == "#ffffff" and filled == to_hex(points.get_edgecolor()[0])
     assert [t.get_text() for t in ax.get_xticklabels()] == ["50 %", "90 %"]
     assert "n = 6 pairs" in ax.get_legend().get_title().get_text()
-
-
-# --- Scores ----------------------------------------------------------------------------------------------------------
-
-
-# --- Weights ---------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
