@@ -8,11 +8,11 @@ BIN := .venv/bin
 # Idle OpenMP threads that wait busily can slow two processes down a hundredfold: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lab bench docs study notebooks findings pictures clean
+.PHONY: run test lab bench docs study gpu-queue notebooks findings pictures clean
 
 # Prunes small networks gradually, in about a minute: table here, picture and notebook in build/.
 run: .venv/installed
-	@$(BIN)/python -m pruneutils.notebook --show --output build notebooks/gradual_pruning.ipynb
+	@$(BIN)/python docs/execute.py --show --output build notebooks/gradual_pruning.ipynb
 	@echo "picture: build/gradual_pruning.png"
 
 # Everything: unit tests, and all notebooks compared with their stored outputs. FAST=1 leaves out slow tests and notebooks.
@@ -35,7 +35,7 @@ bench: .venv/installed build/peers
 	@$(BIN)/python -m benchmarks $(if $(GROWTH),--growth,$(ROWS))
 
 build/peers:
-	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ fasterai fastcore einops
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ torch-pruning fasterai fastcore einops
 	@mkdir -p $@
 
 # The notebooks, the API, the results and an explorer that needs no kernel, as pages in build/site: a few minutes.
@@ -48,11 +48,21 @@ docs: .venv/installed
 # share the cores or a GPU, which small networks leave idle.
 study: .venv/installed
 	$(if $(NAME),,$(error which notebook? make study NAME=gradual_vs_instant SIZE=medium BUDGET=3600))
-	$(if $(PROCESSES),PRUNEUTILS_PROCESSES=$(PROCESSES)) $(BIN)/python -m pruneutils.notebook --study --size $(or $(SIZE),full) $(if $(BUDGET),--budget $(BUDGET)) notebooks/$(NAME).ipynb
+	$(if $(PROCESSES),PRUNEUTILS_PROCESSES=$(PROCESSES)) $(BIN)/python docs/execute.py --study --size $(or $(SIZE),full) $(if $(BUDGET),--budget $(BUDGET)) notebooks/$(NAME).ipynb
+
+# What waits for a GPU, as far as it gets in BUDGET seconds; call it again until no study says that runs are missing.
+# Many small networks share the card, under NVIDIA's MPS where it is installed. make gpu-queue BUDGET=480 PROCESSES=16
+gpu-queue: .venv/installed
+	@if command -v nvidia-cuda-mps-control > /dev/null; then nvidia-cuda-mps-control -d; fi
+	@end=$$(($$(date +%s) + $(or $(BUDGET),480))); \
+	for name in $(or $(QUEUE),gradual_pruning pruning_at_initialization filter_pruning); do \
+		left=$$((end - $$(date +%s))); test $$left -gt 0 || break; \
+		$(MAKE) --no-print-directory study NAME=$$name SIZE=$(or $(SIZE),full) BUDGET=$$left PROCESSES=$(or $(PROCESSES),16) || exit 1; \
+	done
 
 # For maintainers: execute all notebooks in place, in quick size; store their outputs, and their pictures in images/.
 notebooks: .venv/installed
-	$(BIN)/python -m pruneutils.notebook notebooks/*.ipynb
+	$(BIN)/python docs/execute.py notebooks/*.ipynb
 
 # For maintainers: what README says was found, computed anew from results/; and the explorer's film and screenshots.
 findings: .venv/installed

@@ -1,10 +1,12 @@
 """Build the site into build/site: `make docs`, or `python docs/build.py [--frames N]`.
 
 Gathers the pages in build/docs: README as the front page, the notebooks as they are stored, the API from the
-docstrings, the results from results/, and an explorer of recorded frames. Then runs mkdocs on them, strictly.
+docstrings, the results from results/, a method that is added, and an explorer of recorded frames. Then runs mkdocs on
+them, strictly.
 """
 
 import argparse
+import copy
 import hashlib
 import html
 import inspect
@@ -12,16 +14,17 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 import pruneutils as pu
 import results
 
 ROOT = Path(__file__).resolve().parent.parent
 CRITERIA = ("magnitude", "snip", "synflow")
-_SHOWN = 60  # runs of a study
 ROOMS = sorted({*(name for name in pu.__all__ if inspect.ismodule(getattr(pu, name))), "notebook"})
 
 
@@ -46,6 +49,7 @@ def main() -> None:
     (pages / "notebooks/index.md").write_text(notebooks_page())
     (pages / "api.md").write_text(api_page())
     (pages / "results.md").write_text(results_page())
+    (pages / "method.md").write_text(method_page())
     (pages / "explorer.md").write_text(explorer_page(pages / "frames", arguments.frames))
 
     from mkdocs.commands.build import build
@@ -55,6 +59,7 @@ def main() -> None:
         {"Home": "index.md"},
         {"Explorer": "explorer.md"},
         {"Notebooks": [{"By question": "notebooks/index.md"}, *[f"notebooks/{name}.ipynb" for name in order()]]},
+        {"Add your method": "method.md"},
         {"API": "api.md"},
         {"Results": "results.md"},
     ]
@@ -185,24 +190,112 @@ def names_of(module) -> list[str]:
 # --- The results -----------------------------------------------------------------------------------------------------
 
 
+# The columns that name an arm, beside those that hold words; and the values that a table shows, where there are any.
+_NAMES = ("target", "asked", "compression", "ratio", "sparsity", "prunings", "rounds", "iterations")
+_VALUES = ("accuracy", "test_accuracy", "perplexity", "kept", "macs_left", "mac_density", "overlap", "threshold")
+_PLAIN = ("perplexity", "threshold")  # values that are no shares
+_SAME = ("layer", "data", "dataset", "device", "folder", "status", "hits", "precision", "precision_measured")
+
+
 def results_page() -> str:
-    """Return a page with what is recorded in results/: the studies, and the runs of each."""
-    parts = []
-    for folder in results.folders():
-        frame = pu.experiments.load(folder)
-        runs = frame[frame.status == "done"].drop_duplicates("run_time", keep="last")
-        own = [c for c in runs.columns if not c.startswith("run_") and runs[c].map(pd.api.types.is_scalar).all()]
-        own = [c for c in own if runs[c].nunique() > 1] or own
-        shown = runs[own].tail(_SHOWN)
-        count = f"The last {_SHOWN} of {len(runs)} runs" if len(runs) > _SHOWN else f"All runs ({len(runs)})"
-        parts.append(
-            f"\n## {folder.name} {{ #{folder.name} }}\n\n{count}. Of a run with several rows, this is the last "
-        )
-        parts.append(f"row.\n\n{results.table(shown)}\n")
-    studies = results.studies()
-    studies["study"] = [f"[{name}](#{name})" for name in studies.study]
-    head = "# Results\n\nWhat is recorded in `results/`, written only by the experiment runner; the notebooks draw "
-    return head + "their pictures from these rows.\n\n" + results.table(studies) + "\n" + "".join(parts)
+    """Return a page with what is recorded in results/: the studies, and a table of the arms of each."""
+    studies, parts = results.studies(), []
+    for _, study in studies.iterrows():
+        name, done, planned = study["study"], study["runs done"], study["runs planned"]
+        text = f"\n## {name} {{ #{name} }}\n\n{done} of {planned} planned runs are recorded: {study['hours']} hours on "
+        text += f"{study['device']} in {study['precision']}, at commit {study['commit']}. This command goes on:\n\n"
+        text += f"```sh\n{study['command'].strip('`')}\n```\n\n"
+        parts.append(text + sortable(arms(results.ROOT / "results" / name)))
+    studies["study"] = [f"[{name}](#{name})" for name in studies["study"]]
+    return (
+        "---\nhide: [navigation]\n---\n\n# Results\n\n"
+        "What is recorded in `results/`, written only by the experiment runner. The notebooks draw their "
+        "pictures from these runs. Click on the name of a column to sort by it. Brackets hold the 95 % t-interval over "
+        "the runs of a row. Rows of fewer than three runs have none, and where some runs learn and others stay at "
+        "chance, the brackets count those that learn.\n\n"
+        + sortable(studies.drop(columns=["command", "commit", "precision"]))
+        + "".join(parts)
+    )
+
+
+def sortable(frame: pd.DataFrame) -> str:
+    """Return a frame as a table whose columns sort it (see pruneutils.js)."""
+    return f'<div class="sortable" markdown>\n\n{results.table(frame)}\n</div>\n'
+
+
+def arms(folder: Path) -> pd.DataFrame:
+    """Return a row an arm of a study: what names it, and the mean of each value at the end of its runs."""
+    frame = pu.experiments.load(folder)
+    frame = frame[frame.status == "done"].dropna(axis=1, how="all")
+    if "order" in frame:  # of the test images: a seed, or by class
+        frame["order"] = frame["order"].isna().map({True: "by class", False: "shuffled"})
+    names = [name for name in frame if not name.startswith("run_") and name not in _SAME and names_arms(frame, name)]
+    frame[names] = frame[names].astype(object).where(frame[names].notna(), "")
+    if "layer" in frame:
+        kept, total = ("after", "before") if "after" in frame else ("kept", "total")
+        sums = frame.groupby(["run_time", *names])[[kept, total]].transform("sum")
+        frame["kept"] = sums[kept] / sums[total]
+    frame = frame.drop_duplicates(["run_time", *names], keep="last")
+    values, rows = [name for name in _VALUES if name in frame], []
+    for arm, runs in frame.groupby(names, sort=False) if names else [((), frame)]:
+        means = {name + " (%)" * (name not in _PLAIN): mean_of(runs, name) for name in values}
+        rows.append({**dict(zip(names, arm)), "runs": len(runs), **means})
+    table = pd.DataFrame(rows).rename(columns=lambda name: name.replace("_", " "))
+    return (
+        table.sort_values(list(table.columns[: len(names)]), key=lambda column: column.astype(str)) if names else table
+    )
+
+
+def names_arms(frame: pd.DataFrame, name: str) -> bool:
+    """Return whether the values of a column name arms of a study: words, or numbers that stand still within a run."""
+    column = frame[name]
+    if column.nunique(dropna=False) < 2 or column.astype(str).str.startswith("[").any():
+        return False
+    if name == "sparsity":
+        return column.nunique() > 1 and column.groupby(frame["run_time"]).nunique().max() < 2
+    return name in _NAMES or not pd.api.types.is_numeric_dtype(column)
+
+
+def mean_of(runs: pd.DataFrame, name: str) -> str:
+    """Return the mean of a column with its 95 % t-interval; percent for accuracies and shares."""
+    found = runs[name].dropna()
+    scale, form = (1, "{:.4g}") if name in _PLAIN else (100, "{:.1f}")
+    text = form.format(scale * found.mean()) if len(found) else "-"
+    if name == "accuracy" and "commonest" in runs:
+        learn = int((found > runs["commonest"] + 0.02).sum())
+        if 0 < learn < len(found):
+            return f"{text} ({learn} of {len(found)} learn)"
+    if len(found) < 3:
+        return text
+    low, high = (form.format(scale * end) for end in pu.statistics.t_interval(found))
+    return f"{text} ({low} to {high})"
+
+
+# --- Your method -----------------------------------------------------------------------------------------------------
+
+
+def method_page() -> str:
+    """Run the lines of docs/method.md in the notebook that they change, in size quick, and return the page."""
+    text = (ROOT / "docs/method.md").read_text()
+    function, seeds, chosen, row, paired = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    notebook = json.loads((ROOT / "notebooks/pruning_at_initialization.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    parameters, change, run, sweep = (
+        next((cell for cell in cells if re.search(begins, cell, flags=re.M)), "")
+        for begins in ("= pu.notebook.size", "^def change", "^def run", "^def configs")
+    )
+    sweep, changed = re.subn(r"^arms = .*\n", chosen, sweep, flags=re.M)
+    if changed != 1:
+        raise ValueError("docs/method.md changes the line of the sweep that begins with `arms =`, which is not there")
+    names = {"pu": pu, "torch": torch, "nn": torch.nn, "copy": copy}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # masks that are inverted leave layers empty
+        for code in (function, parameters, seeds, change, run, sweep):
+            exec(code, names)
+    table = (100 * eval(row, names)).round(1).reset_index()
+    text = text.replace("{table}", results.table(table.astype(object).where(table.notna(), "")))
+    exec(paired, names)
+    return text.replace("{differences}", results.table(names["differences"].round(3)))
 
 
 # --- The explorer ----------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell
 
-from pruneutils.notebook import source_of
-
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docs"))
+
+from execute import source_of  # noqa: E402
+
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 REVERSED = """
 import functools

@@ -80,6 +80,7 @@ def test_a_notebook_is_made_executed_and_checked(tmp_path):
     subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
     for command in blocks("sh"):
         words = shlex.split(command)[1:] + (["--nbval-current-env", "-q"] if "pytest" in command else [])
+        words = [str(ROOT / word) if word.startswith("docs/") else word for word in words]
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout

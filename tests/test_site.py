@@ -104,8 +104,8 @@ def test_no_link_is_dead(site, pages):
 
 
 def test_notebooks_names_and_studies_have_their_place(site, pages):
-    named = {f"notebooks/{name}.html" for name in build.order()} | {"index.html", "explorer.html", "results.html"}
-    assert named <= set(pages)
+    named = [f"notebooks/{name}.html" for name in build.order()]
+    assert set(pages) >= {*named, "index.html", "explorer.html", "results.html", "method.html"}
     assert {"pruneutils.prune", "pruneutils.widgets.sparsity_explorer"} <= pages["api.html"].names
     assert all(folder.name in (site / "results.html").read_text() for folder in build.results.folders())
 
@@ -142,6 +142,20 @@ def test_every_page_opens_without_an_error_and_the_slider_moves_the_picture(addr
         wait_for_frame(page, f"light/synflow_{last_frame}.webp")
 
 
+@in_a_browser
+def test_a_click_on_a_column_sorts_the_runs_by_it(address):
+    with browser.chromium() as chromium:
+        page = chromium.new_page()
+        page.goto(address + "results.html")
+        table = page.locator("#pruning_at_initialization_medium ~ .sortable").first
+        names = table.locator("th").all_inner_texts()
+        column = next(i for i, name in enumerate(names) if name.startswith("accuracy")) + 1
+        for order in (1, -1):
+            table.get_by_role("button", name="accuracy").click()
+            means = [float(cell.split()[0]) for cell in table.locator(f"td:nth-child({column})").all_inner_texts()]
+            assert len(means) > 20 and means == sorted(means)[::order]
+
+
 def wait_for_frame(page, name):
     page.wait_for_function(f"frame.complete && frame.currentSrc.endsWith('/{name}')")
 
@@ -152,7 +166,7 @@ def test_pages_follow_the_style_and_every_text_stands_out(address, style):
     other = {"light": "dark", "dark": "light"}[style]
     with browser.chromium() as chromium:
         page = chromium.new_context(color_scheme=style).new_page()
-        for name in ("index", "explorer", "notebooks/index", "notebooks/start_here", "results", "api"):
+        for name in ("index", "explorer", "method", "notebooks/index", "notebooks/start_here", "results", "api"):
             page.goto(f"{address}{name}.html")
             page.wait_for_load_state("load")
             assert not browser.faint_texts(page), name
