@@ -1,4 +1,7 @@
-"""Rows about scores before training: GraSP and SynFlow against published formulations and the passes they need."""
+"""Rows about scores before training and repair after it, against published formulations and the passes they need."""
+
+import copy
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -137,3 +140,54 @@ def synflow_vgg16():
 @row(f"SynFlow, {ITERATIONS} iterations, ResNet-20, 90 %", *_SYNFLOW, rounds=5, why=_WHY)
 def synflow_resnet20():
     return _synflow_arms("resnet20")
+
+
+@functools.cache
+def _language():
+    """Return the first blocks of SmolLM2 and 4,096 tokens, or None where its package is not installed."""
+    try:
+        model, _ = pu.models.language("smollm2")
+    except (FileNotFoundError, ModuleNotFoundError):
+        return None
+    model.model.layers = model.model.layers[:4]
+    tokens = torch.randint(49152, (16, 256), generator=torch.Generator().manual_seed(0))
+    return model.model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _language_arms(prepare, run):
+    """`run` on a copy that `prepare` has seen, and one forward pass."""
+    if _language() is None:
+        return {"pu": None, "forward": None}
+    dense, batch = _language()
+
+    def ours():
+        model = copy.deepcopy(dense)
+        prepare(model)
+        return lambda: run(model, dense, batch)
+
+    def forward():
+        with torch.no_grad():
+            dense(**batch)
+
+    return {"pu": ours, "forward": lambda: forward}
+
+
+_BLOCKS, _TURNS = "4 blocks of SmolLM2, 4,096 tokens", dict(rounds=3, seconds=120)
+
+
+@row(f"Wanda, {_BLOCKS}", at_most(1.5, "pu", "forward"), **_TURNS)
+def wanda():
+    return _language_arms(lambda model: None, lambda model, dense, batch: pu.prune(model, "wanda", 0.5, data=batch))
+
+
+@row(f"SparseGPT, {_BLOCKS}", at_most(5, "pu", "forward"), **_TURNS)
+def sparsegpt():
+    return _language_arms(lambda model: None, lambda model, dense, batch: pu.sparsegpt(model, batch))
+
+
+@row(f"reconstruct, {_BLOCKS}, 50 %", at_most(11, "pu", "forward"), **_TURNS)
+def reconstruct():
+    def half(model):
+        pu.prune(model, sparsity=0.5, scope="layer")
+
+    return _language_arms(half, pu.reconstruct)
