@@ -61,12 +61,13 @@ def test_what_is_installed_satisfies_the_bounds(name):
 def test_make_installs_what_its_targets_need_and_versions_agree():
     assert "-e '.[notebooks,docs,test]'" in (ROOT / "Makefile").read_text()
     assert pu.__version__ == PROJECT["version"]
+    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 CORE = """
 import sys
-absent = "torchvision PIL tqdm mlxtend timm torch_pruning scipy loky matplotlib seaborn IPython ipywidgets platformdirs"
+absent = "torchvision PIL tqdm mlxtend timm scipy loky matplotlib seaborn IPython ipywidgets platformdirs"
 sys.modules |= dict.fromkeys(absent.split())  # as if these were not installed
 import torch
 import pruneutils as pu
