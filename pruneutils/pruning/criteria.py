@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.autograd import grad
@@ -160,14 +161,11 @@ def synflow(model, weights, data):
     def ones(tensor):
         return torch.ones_like(tensor, dtype=torch.float64) if tensor.is_floating_point() or not numbers else tensor
 
-    def magnitude(tensor):
-        return tensor.detach().to(torch.float64, copy=True).abs_() if tensor.is_floating_point() else tensor
-
     def in_float64(*args, **keywords):
         return torch.func.functional_call(model, tensors, args, keywords)
 
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    magnitudes = {id(tensor): magnitude(tensor) for _, tensor in named}
+    magnitudes = {id(tensor): _magnitude_in_float64(tensor.detach()) for _, tensor in named}
     tensors = {name: magnitudes[id(tensor)] for name, tensor in named}  # tied ones are one tensor here too
     absolute = {name: tensors[name].requires_grad_() for name in weights}
     model.eval()
@@ -181,6 +179,18 @@ def synflow(model, weights, data):
         raise ValueError(f"synflow sends ones in float64 through, which do not fit here ({error}): {way}") from error
     found = grad(flow, absolute.values(), materialize_grads=True)
     return {name: w.detach().mul_(g) for (name, w), g in zip(absolute.items(), found)}
+
+
+def _magnitude_in_float64(tensor):
+    """|tensor| as new float64 numbers; on a CPU in one pass, and into numpy's memory, whose pages are large."""
+    if not tensor.is_floating_point():
+        return tensor
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
+        return tensor.to(torch.float64, copy=True).abs_()
+    memory = np.empty(tensor.numel() + 7)
+    start = -memory.ctypes.data % 64 // 8  # aligned as torch's: how matrix products are rounded can depend on that
+    magnitude = memory[start : start + tensor.numel()].reshape(tensor.shape)
+    return torch.from_numpy(np.abs(tensor.numpy(), out=magnitude))
 
 
 @criterion
