@@ -39,21 +39,29 @@ def _tagged(cell, *tags: str) -> bool:
 
 
 def _needed(cells: list) -> list:
-    """Return the cells tagged `parameters` or `sweep`, and those before them that define what they use."""
-    kept, used = [], set()
-    for cell in (cell for cell in reversed(cells) if cell.cell_type == "code"):
-        if _tagged(cell, "answer") and not _tagged(cell, "sweep", "parameters"):
+    """Return the cells tagged `parameters` or `sweep`, and those before the last of them that they use, in the end."""
+    codes = [cell for cell in cells if cell.cell_type == "code"]
+    tagged = [_tagged(cell, "sweep", "parameters") for cell in codes]
+    needed, used, names = {i for i, own in enumerate(tagged) if own}, set(), []
+    for cell, own in zip(codes, tagged):
+        if _tagged(cell, "answer") and not own:
             lines = cell.source.splitlines()  # the imports are everybody's
             cell.source = "\n".join(line for line in lines if line.startswith(("import ", "from ")))
-        source = re.sub("^%.*", "", cell.source, flags=re.M)
-        table = symtable.symtable(source, "cell", "exec")
-        defined = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
-        stored = (node for node in ast.walk(ast.parse(source)) if isinstance(getattr(node, "ctx", None), ast.Store))
-        changed = {node.value.id for node in stored if isinstance(getattr(node, "value", None), ast.Name)}
-        if _tagged(cell, "sweep", "parameters") or (defined | changed) & used:
-            used = used - defined | _globals_of(table)
-            kept.insert(0, cell)
-    return kept
+        names.append(_names(re.sub("^%.*", "", cell.source, flags=re.M)))
+    # A function may use what only a later cell defines, so look until nothing new is found.
+    while (found := {name for i in needed for name in names[i][1]}) != used:
+        used = found
+        needed |= {i for i in range(max(needed)) if names[i][0] & used}
+    return [codes[i] for i in sorted(needed)]
+
+
+def _names(source: str) -> tuple[set[str], set[str]]:
+    """Return the global names that code defines or changes, and those that it uses."""
+    table = symtable.symtable(source, "cell", "exec")
+    defined = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    stored = (node for node in ast.walk(ast.parse(source)) if isinstance(getattr(node, "ctx", None), ast.Store))
+    changed = {node.value.id for node in stored if isinstance(getattr(node, "value", None), ast.Name)}
+    return defined | changed, _globals_of(table)
 
 
 def _globals_of(table: symtable.SymbolTable) -> set[str]:
@@ -125,9 +133,11 @@ def _texts(notebook, tag) -> list[str]:
     """Return the text that cells of this tag have put out; pictures are left out."""
     texts = []
     for output in (output for cell in notebook.cells if _tagged(cell, tag) for output in cell.get("outputs", [])):
-        data = output.get("data", {})
-        if output.get("name") != "stderr" and "image/png" not in data:
-            texts.append(output.get("text") or data.get("text/markdown") or data.get("text/plain", ""))
+        data, text = output.get("data", {}), output.get("text")
+        if output.get("name") == "stderr":  # progress bars, and warnings of runs that failed or are missing
+            text = "\n".join(line for line in text.splitlines() if "Warning: " in line)
+        if "image/png" not in data:
+            texts.append(text or data.get("text/markdown") or data.get("text/plain", ""))
     return [text.rstrip() for text in texts if text]
 
 
