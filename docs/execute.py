@@ -66,9 +66,8 @@ def _names(source: str) -> tuple[set[str], set[str]]:
 
 def _globals_of(table: symtable.SymbolTable) -> set[str]:
     """Return the global names that code reads, in its functions too."""
-    names = {
-        s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or not table.is_nested())
-    }
+    outermost = table.get_type() == "module"
+    names = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or outermost)}
     return names.union(*map(_globals_of, table.get_children()))
 
 
