@@ -121,6 +121,22 @@ def test_moving_the_slider_redraws_picture_curve_and_numbers():
     assert len(seen) == 6
 
 
+def test_of_a_language_model_the_panel_shows_perplexity_and_samples_large_layers(monkeypatch):
+    monkeypatch.setattr(trial, "_MOST", 50)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32))
+    tokens = torch.randint(32, (12, 9))
+    panel = sparsity_explorer(model, tokens, criterion="wanda", scope="output", subset=6)
+    masks, twin = pruned(panel)
+    before, now = (pu.perplexity(net, tokens[::2]) for net in (model, twin))
+    assert equal(panel.masks, masks)
+    assert f"<b>perplexity {now:.1f}</b> on 6 blocks (before: {before:.1f})" in panel.text.value
+    assert panel.curve((0.5,)).perplexity[0] == pytest.approx(now, rel=1e-6)
+    assert [row.kept for row in panel._trial.histograms()] == [512, 1024]
+    with pytest.raises(ValueError, match="no blocks of tokens"):
+        sparsity_explorer(model, DATA[0])
+
+
 def test_two_of_four_has_no_slider_and_a_model_without_data_no_accuracy():
     panel = sparsity_explorer(attention(), granularity="2:4")
     assert panel.slider.disabled and equal(panel.masks, pruned(panel)[0])

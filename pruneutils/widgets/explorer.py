@@ -43,16 +43,17 @@ def sparsity_explorer(
     """Make a panel of sliders and pictures for pruning a model, which stays as it is until the choice is applied.
 
     Args:
-        model, data: A classifier, and what accuracy is measured on, as `accuracy` takes it; without data any model.
+        model, data: A classifier, and what accuracy is measured on, as `accuracy` takes it; or a language model and
+            blocks of tokens (N, T) for its perplexity; without data any model.
         scoring_data: The batch for criteria that need data and for recalibrated batch norm; by default the subset.
         criterion, sparsity, scope, granularity: The choice at the start, as for `prune`.
         exclude, loss_fn, seed: As for `prune`.
-        subset: How many images of `data` are evaluated at every move, and for the curve.
+        subset: How many samples of `data` are evaluated at every move, and for the curve.
         style: "light" or "dark".
 
     Returns:
         The panel: controls that code can set, such as `.slider`; `.masks`, `.text` and `.image` hold what is shown,
-        `.curve()` measures accuracy over sparsity, `.apply()` prunes. It raises, and later shows, what `prune` raises.
+        `.curve()` measures over sparsity, `.apply()` prunes. It raises, and later shows, what `prune` raises.
 
     Example:
         >>> panel = pu.widgets.sparsity_explorer(pu.models.create("lenet300"))
@@ -73,7 +74,7 @@ class SparsityExplorer:
 
     def __init__(self, trial: Trial, choice: Choice, style: str):
         self.model, self.scoring_data = trial.model, trial.scoring_data
-        self._trial, self._pictures = trial, Pictures(style)
+        self._trial, self._pictures = trial, Pictures(style, trial.measure)
         # JupyterLab brings moves on another thread than the one that measures: one at a time.
         self._turn, self._moves, self._task = threading.RLock(), 0, None
         trial.prune(choice)  # what is wrong with the arguments raises here
@@ -144,15 +145,15 @@ class SparsityExplorer:
             return get_masks(self.model)
 
     def curve(self, sparsities: Iterable[float] = _PLACES) -> pd.DataFrame:
-        """Measure the present choice on the subset at these sparsities; a row for each: method, sparsity, accuracy."""
+        """Measure the present choice on the subset at these sparsities; a row for each, with what was measured."""
         with self._turn:
             self._show(later=False)
             chosen, reached = self.choice, self._trial.reached
             list(self._fill(sparsities))
             self._trial.prune(chosen)
         found = [(place, reached.get(replace(chosen, sparsity=place))) for place in sorted(sparsities)]
-        rows = [(chosen.label, place, known.accuracy) for place, known in found if known]
-        return pd.DataFrame(rows, columns=["method", "sparsity", "accuracy"])
+        rows = [(chosen.label, place, known.level) for place, known in found if known]
+        return pd.DataFrame(rows, columns=["method", "sparsity", self._trial.measure])
 
     def _show(self, later: bool = True):
         """Bring everything to the present choice; `later` is what may follow while the panel rests."""
@@ -188,7 +189,8 @@ class SparsityExplorer:
             alarms += trial.messages
         if self.masks is not None and here:
             n, macs = len(trial.subset[1]), before.macs
-            lines.append(f"<b>accuracy {here.accuracy:.1%}</b> on {n:,} images (before: {before.accuracy:.1%})")
+            what, of = trial.measure, "blocks" if trial.perplexity else "images"
+            lines.append(f"<b>{what} {trial.in_words(here)}</b> on {n:,} {of} (before: {trial.in_words(before)})")
             lines.append(f"<b>multiply-accumulates {here.macs:,}</b> of {macs:,} ({here.macs / macs:.1%})")
         alarms += [f"{type(error).__name__}: {error}"] if error else []
         for alarm in alarms:  # of long lists of layers the beginning

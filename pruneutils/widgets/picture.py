@@ -48,20 +48,20 @@ class Frame:
 class Pictures:
     """The pictures of one panel, as PNG: most of the time of a picture goes into its frame, which a move leaves."""
 
-    def __init__(self, style: str):
-        self._look = find_style(style)
+    def __init__(self, style: str, measure: str = "accuracy"):
+        self._look, self._measure = find_style(style), measure
         self._curve_frame, self._rows_frame = (functools.lru_cache(1)(f) for f in (self._empty_curve, self._empty_rows))
 
     def curve(self, reached, choice, place: float, n: int) -> bytes:
-        """Draw a `Trial`'s accuracies on `n` images; 90 to 99 % sparsity have as much room as 0 to 90 %."""
+        """Draw what a `Trial` has reached on `n` samples; 90 to 99 % sparsity have as much room as 0 to 90 %."""
         current, lines, empty, look = choice.label, {choice.label: []}, [], self._look
         for tried, found in reached.items():
             if tried is not None and tried.sparsity is not None:
-                lines.setdefault(tried.label, []).append((tried.sparsity, found.accuracy))
+                lines.setdefault(tried.label, []).append((tried.sparsity, found.level))
                 empty += [tried.sparsity] if found.collapsed and tried.label == current else []
         looks = method_styles([*lines, current], look)
         shown = {name: points for name, points in lines.items() if name == current or len(points) > 2}
-        ranked = sorted(shown, key=lambda name: -np.mean([y for _, y in shown[name]] or [0]))  # the best one first
+        ranked = sorted(shown, key=lambda name: -np.mean([y for _, y in shown[name]] or [0]))  # from top to bottom
         with mpl.rc_context(look.rc()):
             frame = self._curve_frame(n)
             (ax,) = frame.axes
@@ -72,7 +72,7 @@ class Pictures:
                 text = {"color": looks[name]["color"], "fontweight": "bold" if here else "normal"}
                 ax.text(1.03, 0.97 - 0.115 * row, name, transform=ax.transAxes, fontsize=8, va="center", **text)
             if None in reached:
-                ax.axhline(reached[None].accuracy, color=look.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+                ax.axhline(reached[None].level, color=look.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             if empty:
                 where, ink = _left(min(empty)), {"color": look.alarm, "ha": "right" if min(empty) > 0.6 else "left"}
                 ax.axvline(where, color=look.alarm, linewidth=1.4, zorder=1.5)
@@ -80,17 +80,25 @@ class Pictures:
             ax.axvline(_left(place), color=look.muted, linewidth=0.9, linestyle=":")
             if choice in reached:
                 ink = {"color": looks[current]["color"], "mec": look.text}
-                ax.plot(_left(place), reached[choice].accuracy, "o", ms=9, clip_on=False, zorder=5, **ink)
+                height = min(reached[choice].level, ax.get_ylim()[1])
+                ax.plot(_left(place), height, "o", ms=9, clip_on=False, zorder=5, **ink)
             return frame.png()
 
     def _empty_curve(self, n) -> Frame:
         figure = Figure(figsize=(6.4, 2.6), dpi=120)
         ax = figure.add_axes((0.1, 0.2, 0.66, 0.68))
-        dress(ax, self._look, f"Accuracy over sparsity ({n:,} images)", grid="both")
-        ax.set(xscale="log", xlim=(1, _LEAST), ylim=(0, 1), xlabel="weights pruned (%)", ylabel="accuracy (%)")
+        accuracy = self._measure == "accuracy"
+        of, unit = ("images", "%") if accuracy else ("blocks", "lower is better")
+        dress(ax, self._look, f"{self._measure.title()} over sparsity ({n:,} {of})", grid="both")
+        ax.set(xscale="log", xlim=(1, _LEAST), xlabel="weights pruned (%)", ylabel=f"{self._measure} ({unit})")
         ax.set_xticks([1 - pruned / 100 for pruned in _PRUNED], map(str, _PRUNED))
         ax.set_xticks([], minor=True)
-        ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+        if accuracy:
+            ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+            ax.set_ylim(0, 1)
+        else:
+            ax.set(yscale="log", ylim=(1, 10_000))
+            ax.yaxis.set_major_formatter("{x:,.0f}")
         return Frame(figure)
 
     def layers(self, layers: list[LayerHistogram]) -> bytes:

@@ -1,6 +1,7 @@
 """A model pruned on trial: what any choice leaves and what it reaches, found on a copy; the model stays as it is."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -8,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .._checks import whole
-from .._torch import batches
+from .._torch import LEFT_OUT, batches
 from ..costs import cost, cost_table
 from ..model_utils import Masks, accuracy, get_masks, layer_table, make_permanent, prunable_weights, set_masks
 from ..plots.weights import LayerHistogram, weight_histograms
@@ -22,6 +24,7 @@ from ..repair import recalibrate
 from ..target import layer_name
 
 _BINS = 61
+_MOST = 100_000  # weights of a layer that its histogram looks at, evenly spaced
 _WORK = 2_000_000_000  # multiply-accumulates between two looks at what the user wants: about a tenth of a second
 
 
@@ -46,8 +49,8 @@ class Choice:
 class Reached(NamedTuple):
     """What was measured of one choice."""
 
-    accuracy: float
-    macs: int  # multiply-accumulates of one image without those by zeros
+    level: float  # the accuracy, or the perplexity
+    macs: int  # multiply-accumulates of one sample without those by zeros
     collapsed: bool  # a layer has no weight left
 
 
@@ -60,6 +63,8 @@ class Trial:
     def __init__(self, model: nn.Module, data, scoring_data, exclude=(), subset=256, loss_fn=None, seed=0):
         self.model, self.exclude, self.loss_fn, self.seed = model, exclude, loss_fn, seed
         self.subset = None if data is None else _few(data, subset)
+        self.perplexity = torch.is_tensor(data)  # blocks of tokens
+        self.measure = "perplexity" if self.perplexity else "accuracy"
         given = self.subset if scoring_data is None else scoring_data
         self.scoring_data = list(given) if isinstance(given, Iterator) else given
         self.release()
@@ -84,7 +89,8 @@ class Trial:
         for row, (name, weight) in zip(rows, prunable_weights(self.model).items()):
             values = weight.detach().float().cpu().numpy().ravel()
             places = np.clip((values / row.limit + 1) * (_BINS / 2), 0, _BINS - 1).astype(np.uint8)
-            self._bins[name] = places, row
+            step = math.ceil(len(places) / _MOST)
+            self._bins[name] = places[::step].copy(), step, row
         explored = prunable_weights(self.model, self.exclude)
         gone = sum(int((~mask).sum()) for name, mask in self._present.items() if name in explored)
         self.least = gone / sum(weight.numel() for weight in explored.values())  # what is pruned stays pruned
@@ -96,7 +102,7 @@ class Trial:
             each = (table["macs"] - table["sparse_macs"]) // layer_table(self.network)["total"]
             self._macs_each = dict(zip(table["layer"], each.tolist()))
             self._macs = cost(self.model, self.subset[0][:1]).macs
-            self.at_once = min(max(_WORK // max(self._macs, 1), 4), 500)  # images
+            self.at_once = min(max(_WORK // max(self._macs, 1), 1), 500)  # samples
             self.quick = len(self.subset[1]) <= self.at_once
         self._seen = self._state()
 
@@ -130,29 +136,39 @@ class Trial:
 
     def histograms(self) -> list[LayerHistogram]:
         """Count what the masks keep of each layer, in the bins that the weights were sorted into once."""
-        rows = {name: row for name, (_, row) in self._bins.items()}
+        rows = {name: row for name, (*_, row) in self._bins.items()}
         for name in rows.keys() & self.masks.keys():
-            kept = self._bins[name][0][self.masks[name].cpu().numpy().ravel()]
-            rows[name] = replace(rows[name], counts=np.bincount(kept, minlength=_BINS))
+            (places, step, row), mask = self._bins[name], self.masks[name]
+            counts = np.bincount(places[mask.cpu().numpy().ravel()[::step]], minlength=_BINS)
+            scale = 1 if step == 1 else int(mask.sum()) / max(counts.sum(), 1)
+            rows[name] = replace(row, counts=counts * scale)
         return list(rows.values())
 
     def evaluate(self, choice: Choice | None) -> Iterator[None]:
         """Measure a choice on the subset, a piece of it at a time, into `reached`."""
         if self.subset is None:
-            raise TypeError("there is no data to measure accuracy on: sparsity_explorer(model, data)")
+            raise TypeError("there is no data to measure on: sparsity_explorer(model, data)")
         if choice in self.reached:
             return
-        hits, (inputs, targets) = 0, self.subset
+        total, (inputs, targets) = 0, self.subset
         for piece in zip(inputs.split(self.at_once), targets.split(self.at_once)):
             if choice is not None:
                 self.prune(choice)
             network = self.model if choice is None else self.network
-            hits += round(accuracy(network, piece) * len(piece[1]))
+            if self.perplexity:
+                total += accuracy(network, piece, metric=_loss_of_tokens) * len(piece[1])
+            else:
+                total += round(accuracy(network, piece) * len(piece[1]))
             yield
         masks = {} if choice is None else self.masks
         spared = sum(self._macs_each[layer_name(name)] * int((~mask).sum()) for name, mask in masks.items())
         collapsed = not all(mask.any() for mask in masks.values())
-        self.reached[choice] = Reached(hits / len(targets), self._macs - spared, collapsed)
+        level = total / len(targets)
+        self.reached[choice] = Reached(np.exp(level) if self.perplexity else level, self._macs - spared, collapsed)
+
+    def in_words(self, reached: Reached) -> str:
+        """Return what was measured as people write it."""
+        return f"{reached.level:,.1f}" if self.perplexity else f"{reached.level:.1%}"
 
 
 def in_code(value: object) -> str:
@@ -166,6 +182,11 @@ def in_code(value: object) -> str:
 def _few(data, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return at most `n` samples as one pair: drawn from an image set, else evenly spaced in the first batches."""
     whole("subset", n)
+    if torch.is_tensor(data):
+        if data.ndim != 2 or data.is_floating_point() or data.shape[1] < 2:
+            what = f"data: a tensor of shape {tuple(data.shape)} and {data.dtype}"
+            raise ValueError(f"{what} is no blocks of tokens (N, T); give images with their targets, as a pair")
+        data = [(data, F.pad(data[:, 1:], (0, 1), value=LEFT_OUT))]
     if hasattr(data, "batch"):
         return data.batch(min(n, len(data)))
     parts = []
@@ -178,3 +199,9 @@ def _few(data, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, targets = (torch.cat(tensors) for tensors in zip(*parts))
     step = max(1, len(targets) // n)
     return inputs[::step][:n], targets[::step][:n]
+
+
+def _loss_of_tokens(logits, following):
+    """Return each block's mean negative log-likelihood."""
+    losses = F.cross_entropy(logits.float().flatten(0, 1), following.flatten(), reduction="none")
+    return losses.view_as(following)[:, :-1].mean(1)
