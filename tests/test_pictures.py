@@ -143,7 +143,7 @@ def test_a_picture_has_the_style_asked_for_and_takes_axes(name):
             assert to_hex(PICTURES[name]().figure.get_facecolor()) == canvas
             assert matplotlib.rcParams["axes.facecolor"] == canvas  # for what a notebook draws by itself
     ax = Figure().add_subplot(projection="3d" if name == "waterfall" else None)
-    assert PICTURES[name](ax=ax, style="dark") is ax
+    assert PICTURES[name](ax=ax, style="dark", axes={"ylabel": "level"}) is ax and ax.get_ylabel() == "level"
     ax.figure.draw_without_rendering()
     labels = [*ax.get_xticklabels(), *ax.get_yticklabels()]
     assert ax.name == "3d" or "#000000" not in {to_hex(label.get_color()) for label in labels}

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -149,11 +149,13 @@ def method_styles(names: Iterable, style: str | Style | None = None) -> dict:
     return looks
 
 
-_SHARED = {"title": str | None, "ax": Axes | None, "style": str | Style | None, "save": str | Path | None}
+_SHARED = {"title": str | None, "ax": Axes | None, "style": str | Style | None}
+_SHARED |= {"save": str | Path | None, "axes": Mapping | None}
 _DOCUMENTED = """
         title, ax: The headline, and the Axes to draw into; without it a new figure is made.
         style: "light" or "dark"; by default that of the enclosing `with pu.plots.style(...)`.
         save: A path without suffix: writes path.png in light and path_dark.png in dark.
+        axes: Properties of the Axes as its `set` takes them, such as {"yscale": "log"}.
 
     Returns:
         The Axes. Raises ValueError if a column is missing, an option is unknown, or values lie where they cannot.
@@ -162,15 +164,17 @@ _DOCUMENTED = """
 
 
 def picture(draw: Callable[..., Axes]) -> Callable[..., Axes]:
-    """Give a drawing function the keywords of every picture: title, ax, style and save, and what its docstring says."""
+    """Give a drawing function the keywords of every picture, as in _SHARED, and what its docstring says of them."""
 
     @functools.wraps(draw)
     def call(*args, title=None, ax=None, style=None, **options):
-        look, path = find_style(style), options.pop("save", None)
+        look, path, axes = find_style(style), options.pop("save", None), options.pop("axes", None) or {}
 
         def drawn_in(look, ax):
             with _settings(look):
-                return draw(*args, title=title, ax=ax, style=look, **options)
+                drawn = draw(*args, title=title, ax=ax, style=look, **options)
+                drawn.set(**axes)
+                return drawn
 
         drawn = drawn_in(look, ax)
         if path is not None and ax is not None:
