@@ -14,6 +14,7 @@ STUDIES = {
     "adapted_medium": ("filter_pruning", 1),
     "evaluation_mode_medium": ("evaluation_mode", 133),
     "filter_pruning_medium": ("filter_pruning", 320),
+    "filter_pruning_epoch_medium": ("filter_pruning", 25),
     "gradual_budget_medium": ("gradual_pruning", 18),
     "grasp_agreement_medium": ("grasp_threshold_debug", 5),
     "grasp_normaliser_medium": ("grasp_threshold_debug", 20),
