@@ -23,7 +23,7 @@ import build  # noqa: E402
 NEEDED = ("mkdocs", "material", "mkdocs_jupyter", "mkdocstrings", "latex2mathml")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 REASON = f"{', '.join(MISSING)} not installed; python -m pip install -c constraints.txt -e '.[docs]'"
-pytestmark = [pytest.mark.timeout(400), pytest.mark.skipif(bool(MISSING), reason=REASON)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.skipif(bool(MISSING), reason=REASON)]
 in_a_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium found: see test_browser.py")
 
 
