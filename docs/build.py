@@ -12,8 +12,10 @@ import html
 import inspect
 import json
 import logging
+import math
 import re
 import shutil
+import statistics
 import warnings
 from pathlib import Path
 
@@ -191,10 +193,13 @@ def names_of(module) -> list[str]:
 
 
 # The columns that name an arm, beside those that hold words; and the values that a table shows, where there are any.
-_NAMES = ("target", "asked", "compression", "ratio", "sparsity", "prunings", "rounds", "iterations")
-_VALUES = ("accuracy", "test_accuracy", "perplexity", "kept", "macs_left", "mac_density", "overlap", "threshold")
-_PLAIN = ("perplexity", "threshold")  # values that are no shares
+_NAMES = ("target", "asked", "compression", "ratio", "sparsity", "prunings", "rounds", "iterations", "blocks", "lr")
+_NAMES += ("epochs",)
+_VALUES = ("accuracy", "test_accuracy", "perplexity", "cosine", "same_neighbour", "kept", "macs_left", "mac_density")
+_VALUES += ("overlap", "threshold")
+_PLAIN = ("perplexity", "threshold", "cosine")  # values that are no shares
 _SAME = ("layer", "data", "dataset", "device", "folder", "status", "hits", "precision", "precision_measured")
+_SAME += ("text", "norms")
 
 
 def results_page() -> str:
@@ -229,6 +234,8 @@ def arms(folder: Path) -> pd.DataFrame:
     frame = frame[frame.status == "done"].dropna(axis=1, how="all")
     if "order" in frame:  # of the test images: a seed, or by class
         frame["order"] = frame["order"].isna().map({True: "by class", False: "shuffled"})
+    if "losses" in frame:  # of each block of text
+        frame["perplexity"] = [math.exp(statistics.mean(json.loads(losses))) for losses in frame["losses"]]
     names = [name for name in frame if not name.startswith("run_") and name not in _SAME and names_arms(frame, name)]
     frame[names] = frame[names].astype(object).where(frame[names].notna(), "")
     if "layer" in frame:
@@ -249,10 +256,12 @@ def arms(folder: Path) -> pd.DataFrame:
 def names_arms(frame: pd.DataFrame, name: str) -> bool:
     """Return whether the values of a column name arms of a study: words, or numbers that stand still within a run."""
     column = frame[name]
-    if column.nunique(dropna=False) < 2 or column.astype(str).str.startswith("[").any():
+    lists = name != "without" and column.astype(str).str.startswith("[").any()
+    if column.nunique(dropna=False) < 2 or lists:
         return False
-    if name == "sparsity":
-        return column.nunique() > 1 and column.groupby(frame["run_time"]).nunique().max() < 2
+    if name in ("sparsity", "lr"):  # in training they may change from epoch to epoch
+        still = "epoch" not in frame or column.groupby(frame["run_time"]).nunique().max() < 2
+        return column.nunique() > 1 and still
     return name in _NAMES or not pd.api.types.is_numeric_dtype(column)
 
 
