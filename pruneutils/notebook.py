@@ -1,8 +1,13 @@
-"""What the notebooks share: their size, and where their runs and pictures go."""
+"""What the notebooks share: their size, where their runs and pictures go, and which images a run gets right."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
 
 from ._checks import unknown
 from ._files import repository
@@ -10,7 +15,7 @@ from ._files import repository
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SIZES", "image", "recorded", "size", "store"]
+__all__ = ["SIZES", "hits", "image", "recorded", "right", "size", "store"]
 
 SIZES = ("quick", "medium", "full")
 
@@ -90,6 +95,35 @@ def recorded(name: str, size: str, notebook: str | None = None) -> "pd.DataFrame
         raise FileNotFoundError(f"no run of {folder.name} is recorded; to record: {command}")
     frame = load(folder)
     return frame[frame.status == "done"]
+
+
+@torch.no_grad()
+def hits(model: nn.Module, images: Iterable) -> str:
+    """Say which images a classifier gets right, for the record of a run.
+
+    Args:
+        model, images: It is put into eval mode; and its batches (inputs, targets), in a fixed order, on its device.
+
+    Returns:
+        A bit for each image, packed into bytes, in hexadecimal; `right` reads it.
+
+    Example:
+        >>> pu.notebook.hits(torch.nn.Identity(), [(torch.eye(8), torch.arange(8))])
+        'ff'
+    """
+    bits = torch.cat([model.eval()(inputs).argmax(1) == targets for inputs, targets in images])
+    return np.packbits(bits.cpu()).tobytes().hex()
+
+
+def right(hits: Iterable[str]) -> np.ndarray:
+    """Return the hits of several runs as an array (runs, images) of 1 and 0, a multiple of eight images.
+
+    Example:
+        >>> pu.notebook.right(["0f", "ff"])
+        array([[0, 0, 0, 0, 1, 1, 1, 1],
+               [1, 1, 1, 1, 1, 1, 1, 1]], dtype=uint8)
+    """
+    return np.unpackbits(np.array([list(bytes.fromhex(text)) for text in hits], np.uint8), axis=1)
 
 
 def _results() -> Path:
