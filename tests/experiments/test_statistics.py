@@ -189,6 +189,18 @@ def test_the_bootstrap_over_images_covers_like_the_normal_interval():
     assert (drop.difference, drop.low, drop.high) == pytest.approx((found.difference, found.low, found.high))
 
 
+def test_the_bootstrap_draws_runs_and_images():
+    effect = 0.5 * np.random.default_rng(0).standard_normal((50, 1))  # of each run, the same for all images
+    found = bootstrap_images(values := effect + np.zeros((50, 40)), 0 * values)
+    assert (found.difference, found.n) == (pytest.approx(effect.mean()), 40)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * effect.std() / 50**0.5, rel=0.05)
+    one = bootstrap_images(values.T, 0 * values.T)  # now of each image, the same in all runs
+    assert one.high - one.low == pytest.approx(found.high - found.low, rel=0.05)
+    values[0], values[1, 7:] = np.nan, np.nan  # not tested
+    found = bootstrap_images(values, 0 * values)
+    assert found.difference == pytest.approx(np.nanmean(values)) and found.low < found.difference < found.high
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
 def test_a_few_images_prove_nothing(n):
     found = bootstrap_images([1] * n, [0] * n)
@@ -200,7 +212,8 @@ def test_a_few_images_prove_nothing(n):
     ("call", "message"),
     [
         (lambda: bootstrap_images([1, 0], [1]), r"same images, not \(2,\) and \(1,\)"),
-        (lambda: bootstrap_images([[1, 0]], [[0, 1]]), r"not \(1, 2\)"),
+        (lambda: bootstrap_images([[[1, 0]]], [[[0, 1]]]), r"not \(1, 1, 2\)"),
+        (lambda: bootstrap_images([[1, 0], [1, 1]], [[0, 1], [np.nan, 1]]), "image 0 has 1.0 and nan"),
         (lambda: bootstrap_images([1, 2, np.nan], [0, 1, 1]), "image 2 has nan and 1.0"),
         (lambda: bootstrap_images([1, 2], [0, np.inf]), "image 1 has 2.0 and inf"),
     ],
