@@ -107,9 +107,6 @@ class Overlap:
     expected: float  # of independent random masks with these counts per layer: expected intersection over union
     n_layers: int
 
-    def __repr__(self):
-        return f"Overlap(iou {self.iou:.4f}, {self.expected:.4f} expected of random masks, {self.n_layers} layers)"
-
 
 def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
     """Measure how much two sets of masks have in common.
@@ -124,7 +121,7 @@ def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
         >>> first = pu.prune(pu.models.create("lenet300"), "random", 0.9, seed=0)
         >>> second = pu.prune(pu.models.create("lenet300"), "random", 0.9, seed=1)
         >>> pu.controls.overlap(first, second)
-        Overlap(iou 0.0522, 0.0526 expected of random masks, 3 layers)
+        Overlap(iou=0.05221..., expected=0.0526..., n_layers=3)
     """
     masks_a, masks_b = masks_by_name(masks_a), masks_by_name(masks_b)
     if different := sorted(masks_a.keys() ^ masks_b.keys()):

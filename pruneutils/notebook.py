@@ -105,7 +105,7 @@ def hits(model: nn.Module, images: Iterable) -> str:
         model, images: It is put into eval mode; and its batches (inputs, targets), in a fixed order, on its device.
 
     Returns:
-        A bit for each image, packed into bytes, in hexadecimal; `right` reads it.
+        A bit for each image, packed, in hexadecimal; `right` reads it.
 
     Example:
         >>> pu.notebook.hits(torch.nn.Identity(), [(torch.eye(8), torch.arange(8))])
@@ -116,12 +116,17 @@ def hits(model: nn.Module, images: Iterable) -> str:
 
 
 def right(hits: Iterable[str]) -> np.ndarray:
-    """Return the hits of several runs as an array (runs, images) of 1 and 0, a multiple of eight images.
+    """Read the hits of several runs, each on the same multiple of eight images.
+
+    Args:
+        hits: What `hits` has returned for each run.
+
+    Returns:
+        An array (runs, images) of 1 and 0.
 
     Example:
-        >>> pu.notebook.right(["0f", "ff"])
-        array([[0, 0, 0, 0, 1, 1, 1, 1],
-               [1, 1, 1, 1, 1, 1, 1, 1]], dtype=uint8)
+        >>> pu.notebook.right(["0f", "ff"]).sum(axis=1).tolist()
+        [4, 8]
     """
     return np.unpackbits(np.array([list(bytes.fromhex(text)) for text in hits], np.uint8), axis=1)
 

@@ -89,7 +89,7 @@ PICTURES = {
     "accuracy": lambda **o: plots.accuracy_vs_sparsity(runs(CRITERIA, SIX), dense=0.97, **o),
     "accuracy, linear": lambda **o: plots.accuracy_vs_sparsity(runs(WORDY, np.arange(11) / 10), scale="linear", **o),
     "curves": lambda **o: plots.curves(EPOCHS, y="accuracy", by="method", title="Epoch by epoch", **o),
-    "curves, logarithmic": lambda **o: plots.curves(EPOCHS, "flops", "accuracy", "method", xscale="log", **o),
+    "curves, logarithmic": lambda **o: plots.curves(EPOCHS, "flops", "accuracy", "method", axes={"xscale": "log"}, **o),
     "dots": lambda **o: plots.dots(runs(CRITERIA, [0.9]), reference=0.97, **o),
     "dots, in groups": lambda **o: plots.dots(runs(WORDY, SIX), x="sparsity", by="method", title="Runs", **o),
     "differences": lambda **o: plots.differences(runs(WORDY, SIX), title="Paired", **o),

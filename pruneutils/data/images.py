@@ -118,13 +118,10 @@ class Images:
 def mean_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation per channel of uint8 images, scaled to [0, 1], exactly: from value counts."""
     values = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
-    for channel in images.unbind(dim=1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        mean = (share * values).sum()
-        means.append(mean.item())
-        stds.append((share * (values - mean) ** 2).sum().sqrt().item() or 1.0)  # a channel of one value stays finite
-    return means, stds
+    shares = torch.stack([torch.bincount(c.flatten(), minlength=256).double() / c.numel() for c in images.unbind(1)])
+    means = shares @ values
+    stds = (shares * (values - means[:, None]) ** 2).sum(1).sqrt()
+    return means.tolist(), [std or 1.0 for std in stds.tolist()]  # a channel of one value stays finite
 
 
 def _permutation(n, generator):

@@ -231,18 +231,16 @@ def bootstrap_images(values_a: ArrayLike, values_b: ArrayLike, *, level: float =
     a, b = (np.asarray(each.cpu() if hasattr(each, "cpu") else each, dtype=float) for each in (values_a, values_b))
     if a.ndim not in (1, 2) or a.shape != b.shape or not a.size:
         raise ValueError(f"a number of each network is needed for each of the same images, not {a.shape} and {b.shape}")
-    untested = np.isnan(a) & np.isnan(b) if a.ndim == 2 else np.zeros(a.shape, bool)
-    for *run, image in np.argwhere(~np.isfinite(a - b) & ~untested)[:1]:
-        one, other = a[*run, image], b[*run, image]
-        raise ValueError(f"image {image} has {one} and {other}: every image needs two finite numbers")
-    tested = np.atleast_2d(~untested).astype(float)
-    difference = np.where(tested, np.where(untested, 0, a - b), 0)
-    n_runs, n = difference.shape
+    difference, tested = np.atleast_2d(a - b), np.atleast_2d((a.ndim == 1) | ~(np.isnan(a) & np.isnan(b)))
+    for run, image in np.argwhere(~np.isfinite(difference) & tested)[:1]:
+        pair = " and ".join(str(np.atleast_2d(each)[run, image]) for each in (a, b))
+        raise ValueError(f"image {image} has {pair}: every image needs two finite numbers")
+    difference, (n_runs, n) = np.where(tested, difference, 0), tested.shape
     low, high, p, rng, means = np.nan, np.nan, np.nan, np.random.default_rng(0), []
     if n > 1:
         for runs in np.array_split(rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), size=9999).astype(float), 99):
             images = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in runs]).astype(float)
-            sums, counts = (np.einsum("ij,ij->i", runs @ each, images) for each in (difference, tested))
+            sums, counts = (np.einsum("ij,ij->i", runs @ each, images) for each in (difference, tested.astype(float)))
             means.append(sums / counts)
         means, least = np.concatenate(means), 2.0 ** (1 - n)  # p of values of one sign in the sign test
         p = min(1, max(least, 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + len(means))))

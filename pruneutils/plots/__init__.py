@@ -6,9 +6,9 @@ Fractions go in, percent is shown. Legends stand to the right of the Axes: figur
 
 from . import look
 from .layers import layer_bars, layer_histograms
-from .look import save, style
+from .look import style
 from .runs import accuracy_vs_sparsity, curves, differences, dots
 from .weights import weight_histograms
 
 __all__ = ["accuracy_vs_sparsity", "curves", "differences", "dots", "layer_bars", "layer_histograms"]
-__all__ += ["look", "save", "style", "weight_histograms"]
+__all__ += ["look", "style", "weight_histograms"]

@@ -176,13 +176,13 @@ def picture(draw: Callable[..., Axes]) -> Callable[..., Axes]:
                 drawn.set(**axes)
                 return drawn
 
-        drawn = drawn_in(look, ax)
-        if path is not None and ax is not None:
-            save(drawn, path)
-        elif path is not None:
+        drawn, path = drawn_in(look, ax), path and str(path).removesuffix(".png")
+        if path and ax is not None:
+            _save(drawn, f"{path}.png")
+        elif path:
             for name, end in (("light", ""), ("dark", "_dark")):
                 twin = drawn if name == look.name else drawn_in(replace(_STYLES[name], pyplot=False), None)
-                save(twin, str(path).removesuffix(".png") + end)
+                _save(twin, f"{path}{end}.png")
         return drawn
 
     signature = inspect.signature(draw)
@@ -194,25 +194,10 @@ def picture(draw: Callable[..., Axes]) -> Callable[..., Axes]:
     return call
 
 
-def save(figure: Figure | Axes, path: str | Path) -> Path:
-    """Write a figure so that the same figure gives the same bytes each time.
-
-    Args:
-        figure, path: A Figure or an Axes of it, and where to; .png is added unless the path has it.
-
-    Returns:
-        The path that was written, with 200 dots an inch.
-
-    Example:
-        >>> import tempfile
-        >>> ax = pu.plots.layer_bars(pu.layer_table(torch.nn.Linear(4, 2)))
-        >>> pu.plots.save(ax, tempfile.mkdtemp() + "/bars").name
-        'bars.png'
-    """
-    figure, path = getattr(figure, "figure", None) or figure, Path(f"{str(path).removesuffix('.png')}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200, metadata={"Software": None}, facecolor=figure.get_facecolor())
-    return path
+def _save(ax: Axes, path: str) -> None:
+    """Write the figure, so that the same one gives the same bytes each time."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    ax.figure.savefig(path, dpi=200, metadata={"Software": None}, facecolor=ax.figure.get_facecolor())
 
 
 def percent(fraction: float, decimals: int | None = None) -> str:

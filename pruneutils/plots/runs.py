@@ -77,15 +77,7 @@ def accuracy_vs_sparsity(
 
 @picture
 def curves(
-    frame: pd.DataFrame,
-    x: str = "epoch",
-    y: str = "test_accuracy",
-    by: str | None = None,
-    *,
-    xscale: str = "linear",
-    title,
-    ax,
-    style,
+    frame: pd.DataFrame, x: str = "epoch", y: str = "test_accuracy", by: str | None = None, *, title, ax, style
 ) -> Axes:
     """Draw curves such as those of training: `y` over `x`, a line for each `by`, with its t-interval over seeds.
 
@@ -93,7 +85,6 @@ def curves(
         frame: A row for each run and place on `x`, such as the tables of `fit` and `gradual` put together.
         x, y: The column to go along, such as epochs, and the one to show.
         by: The column that names the curves, or None for one curve.
-        xscale: "linear" or "log", as for numbers of weights.
 
     Example:
         >>> import pandas as pd
@@ -101,15 +92,13 @@ def curves(
         >>> pu.plots.curves(frame).get_ylabel()
         'test accuracy'
     """
-    one_of("xscale", xscale, ("linear", "log"))
     runs, means = _tidy(frame, x, y, by)
     looks = {name: look | {"marker": None} for name, look in method_styles(means["curve"], style).items()}
     ax = ax or style.axes((WIDTH, 4.2))
     dress(ax, style, title, grid="y")
-    ax.set_xscale(xscale)
     for name, look in looks.items():
         _draw_curve(ax, runs[runs["curve"] == name], look, "band")
-    if xscale == "linear" and pd.api.types.is_integer_dtype(frame[x]):
+    if pd.api.types.is_integer_dtype(frame[x]):
         ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     ax.set_xlabel(_words(x))
     _finish(ax, style, y, looks, means["n"], frame.columns)
@@ -187,7 +176,6 @@ def differences(
     value: str = "accuracy",
     *,
     against: Hashable | None = None,
-    pair_on: str | Sequence[str] = "seed",
     title,
     ax,
     style,
@@ -202,7 +190,6 @@ def differences(
         x: The column at whose values arms are compared one by one, such as the sparsity; None for one comparison.
         value: The column to compare; differences of an accuracy are shown in percentage points.
         against: The reference arm; by default the one that comes first in the frame.
-        pair_on: The columns that make two runs a pair.
 
     Example:
         >>> import pandas as pd
@@ -217,7 +204,7 @@ def differences(
     if x and pd.api.types.is_float_dtype(frame[x]):
         frame = frame.assign(**{x: frame[x].round(6)})  # achieved sparsities differ in their last digits only
     pairs = [(arm, against) for arm in arms if arm != against] or against
-    table = compare(frame, by=by, value=value, within=[x] if x else [], pair_on=pair_on, against=pairs)
+    table = compare(frame, by=by, value=value, within=[x] if x else [], against=pairs)
     at = _in_order(table[x]) if x else [""]
     names = _names(at)
     table = table.rename(columns={"a": "arm"}).assign(at=table[x].map(dict(zip(at, names))) if x else "")
