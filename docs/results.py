@@ -20,12 +20,12 @@ STUDIES = {
     "grasp_normaliser_medium": ("grasp_threshold_debug", 20),
     "grasp_thresholds_medium": ("grasp_threshold_debug", 5),
     "language_model_medium": ("language_model", 107),
-    "one_shot_imagenet_medium": ("one_shot_imagenet", 110),
+    "one_shot_imagenet_medium": ("one_shot_imagenet", 150),
     "prune_adapted_full": ("gradual_pruning", 135),
     "pruning_at_initialization_full": ("pruning_at_initialization", 275),
-    "pruning_at_initialization_medium": ("pruning_at_initialization", 645),
+    "pruning_at_initialization_medium": ("pruning_at_initialization", 675),
     "sentence_encoder_medium": ("sentence_encoder", 102),
-    "vanishing_signal_medium": ("pruning_at_initialization", 91),
+    "vanishing_signal_medium": ("vanishing_signal", 99),
     "vgg16_at_initialization_medium": ("vgg16_at_initialization", 36),
 }
 
