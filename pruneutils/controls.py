@@ -120,8 +120,8 @@ def overlap(masks_a: Tensors, masks_b: Tensors) -> Overlap:
     Example:
         >>> first = pu.prune(pu.models.create("lenet300"), "random", 0.9, seed=0)
         >>> second = pu.prune(pu.models.create("lenet300"), "random", 0.9, seed=1)
-        >>> pu.controls.overlap(first, second)
-        Overlap(iou=0.05221..., expected=0.0526..., n_layers=3)
+        >>> round(pu.controls.overlap(first, second).iou, 3)
+        0.052
     """
     masks_a, masks_b = masks_by_name(masks_a), masks_by_name(masks_b)
     if different := sorted(masks_a.keys() ^ masks_b.keys()):
