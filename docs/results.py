@@ -25,7 +25,7 @@ STUDIES = {
     "pruning_at_initialization_full": ("pruning_at_initialization", 275),
     "pruning_at_initialization_medium": ("pruning_at_initialization", 675),
     "sentence_encoder_medium": ("sentence_encoder", 102),
-    "vanishing_signal_medium": ("vanishing_signal", 99),
+    "vanishing_signal_medium": ("vanishing_signal", 135),
     "vgg16_at_initialization_medium": ("vgg16_at_initialization", 36),
 }
 
