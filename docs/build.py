@@ -194,7 +194,7 @@ def names_of(module) -> list[str]:
 
 # The columns that name an arm, beside those that hold words; and the values that a table shows, where there are any.
 _NAMES = ("target", "asked", "compression", "ratio", "sparsity", "prunings", "rounds", "iterations", "blocks", "lr")
-_NAMES += ("epochs",)
+_NAMES += ("epochs", "steps", "n_seen", "eps")
 _VALUES = ("accuracy", "test_accuracy", "perplexity", "cosine", "same_neighbour", "kept", "macs_left", "mac_density")
 _VALUES += ("overlap", "threshold")
 _PLAIN = ("perplexity", "threshold", "cosine")  # values that are no shares
@@ -234,7 +234,7 @@ def arms(folder: Path) -> pd.DataFrame:
     frame = frame[frame.status == "done"].dropna(axis=1, how="all")
     if "order" in frame:  # of the test images: a seed, or by class
         frame["order"] = frame["order"].isna().map({True: "by class", False: "shuffled"})
-    if "losses" in frame:  # of each block of text
+    if "losses" in frame and "accuracy" not in frame:  # of each block of text
         frame["perplexity"] = [math.exp(statistics.mean(json.loads(losses))) for losses in frame["losses"]]
     names = [name for name in frame if not name.startswith("run_") and name not in _SAME and names_arms(frame, name)]
     frame[names] = frame[names].astype(object).where(frame[names].notna(), "")
@@ -257,7 +257,7 @@ def names_arms(frame: pd.DataFrame, name: str) -> bool:
     """Return whether the values of a column name arms of a study: words, or numbers that stand still within a run."""
     column = frame[name]
     lists = name != "without" and column.astype(str).str.startswith("[").any()
-    if column.nunique(dropna=False) < 2 or lists:
+    if column.nunique(dropna=False) < 2 or lists or (name == "sparsity" and "compression" in frame):
         return False
     if name in ("sparsity", "lr"):  # in training they may change from epoch to epoch
         still = "epoch" not in frame or column.groupby(frame["run_time"]).nunique().max() < 2
@@ -289,9 +289,9 @@ def method_page() -> str:
     function, seeds, chosen, row, paired = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     notebook = json.loads((ROOT / "notebooks/pruning_at_initialization.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    parameters, change, run, sweep = (
+    parameters, make, run, sweep = (
         next((cell for cell in cells if re.search(begins, cell, flags=re.M)), "")
-        for begins in ("= pu.notebook.size", "^def change", "^def run", "^def configs")
+        for begins in ("= pu.notebook.size", "^def make", "^def run", "^def configs")
     )
     sweep, changed = re.subn(r"^arms = .*\n", chosen, sweep, flags=re.M)
     if changed != 1:
@@ -299,7 +299,7 @@ def method_page() -> str:
     names = {"pu": pu, "torch": torch, "nn": torch.nn, "copy": copy}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # masks that are inverted leave layers empty
-        for code in (function, parameters, seeds, change, run, sweep):
+        for code in (function, parameters, seeds, make.split("\n\n\n")[0], run, sweep):
             exec(code, names)
     table = (100 * eval(row, names)).round(1).reset_index()
     text = text.replace("{table}", results.table(table.astype(object).where(table.notna(), "")))
